@@ -1,0 +1,59 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+recipe_packages = {"detector.recipes": "configs"}
+for folder in sorted(p for p in Path("configs").rglob("*") if p.is_dir() and any(p.glob("*.yaml"))):
+    recipe_packages["detector.recipes." + ".".join(folder.relative_to("configs").parts)] = folder.as_posix()
+
+setup(
+    name="detector",
+    version="0.1.0",
+    description="Train object detectors on COCO-format data, and compare label-assignment strategies on equal terms.",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["detector", "detector.*"]), *recipe_packages],
+    package_dir=recipe_packages,
+    package_data={name: ["*.yaml", "*.json"] for name in recipe_packages} | {"detector": ["py.typed"]},
+    install_requires=[
+        "albumentations>=2.0.8,<2.1",
+        "hotcoco>=1.3,<2",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+        "opencv-python-headless>=4.10",
+        "pillow>=10",
+        "pycocotools>=2.0.8",
+        "pydantic>=2.10,<3",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.4",
+        "tensorboard>=2.17",
+        "timm>=1.0.15,<2",
+        "torch>=2.6",
+        "torchvision>=0.21",
+    ],
+    extras_require={
+        "test": [
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "onnxruntime>=1.20",
+            "onnx>=1.17",
+            "pytest>=8",
+            "ruff>=0.9",
+            "scipy>=1.13",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={
+        "console_scripts": [
+            "detector-train=detector.cli.train:main",
+            "detector-eval=detector.cli.eval:main",
+            "detector-predict=detector.cli.predict:main",
+            "detector-check-data=detector.cli.check_data:main",
+            "detector-make-shapes=detector.cli.make_shapes:main",
+            "detector-config=detector.cli.config:main",
+        ]
+    },
+)

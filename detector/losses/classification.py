@@ -1,0 +1,186 @@
+"""Losses of the class logits: each class a yes or no of its own (sigmoid), targets in [0, 1].
+
+For a logit x with p = sigmoid(x) and target t, all are
+
+    balance(t) * |p - t|^gamma * BCE(x, t)        balance(t) = alpha t + (1 - alpha) (1 - t)
+
+which is the focal loss (Lin et al., ICCV 2017) for t in {0, 1}, the quality focal loss (Li et al., "Generalized Focal
+Loss", NeurIPS 2020) for soft t without balance, and plain binary cross-entropy for gamma 0 without balance.
+
+A dense detector has millions of logits of which all but some hundred are background.  So value and gradient are written
+out together for "everything is background", in blocks that stay in the cache, and then set right at the listed cells.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from detector.boxes import full_precision
+from detector.config.node import Node
+from detector.losses.targets import ClassTargets
+
+# Logits handled at once: four blocks of them fit a core's cache; a GPU wants few, large launches instead.
+CPU_BLOCK, GPU_BLOCK = 1 << 16, 1 << 24
+
+
+class ClassLoss(Node):
+    """Sum over all class logits of a batch."""
+
+    weight: float = Field(1.0, ge=0, description="factor of this term in the total")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="targets t become t (1 - s) + s / 2")
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, targets: ClassTargets) -> Tensor:
+        """(B, R, K) logits of any floating type -> float32 scalar, undivided and without `weight`."""
+
+    @abstractmethod
+    def each(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of single logits, same shapes, without weights: the plain definition."""
+
+    def smoothed(self, target: Tensor) -> Tensor:
+        return target * (1 - self.label_smoothing) + self.label_smoothing / 2
+
+
+class Focal(ClassLoss):
+    """Sigmoid focal loss (Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017), soft targets allowed."""
+
+    type: Literal["focal"] = "focal"
+    alpha: float | None = Field(0.25, gt=0, lt=1, description="weight of positives, 1 - alpha of negatives; null: none")
+    gamma: float = Field(2.0, ge=0, description="how much well classified examples count less")
+
+    def __call__(self, logits: Tensor, targets: ClassTargets) -> Tensor:
+        return _sum(logits, targets, self.smoothed(targets.target), self.label_smoothing / 2, self.gamma, self.alpha)
+
+    def each(self, logits: Tensor, target: Tensor) -> Tensor:
+        return _value_and_slope(full_precision(logits), self.smoothed(target), self.gamma, self.alpha)[0]
+
+
+class Bce(ClassLoss):
+    """Binary cross-entropy."""
+
+    type: Literal["bce"] = "bce"
+
+    def __call__(self, logits: Tensor, targets: ClassTargets) -> Tensor:
+        return _sum(logits, targets, self.smoothed(targets.target), self.label_smoothing / 2, 0.0, None)
+
+    def each(self, logits: Tensor, target: Tensor) -> Tensor:
+        return _value_and_slope(full_precision(logits), self.smoothed(target), 0.0, None)[0]
+
+
+def expected_initial_loss(loss: ClassLoss, prior_probability: float, positives: float, negatives: float) -> float:
+    """Closed form of the class loss's sum before training, when every logit says `prior_probability`.
+
+    `positives` and `negatives` count logits (not priors).  A head initialised with that bias must begin near it.
+    """
+    logit = torch.full((2,), math.log(prior_probability / (1 - prior_probability)), dtype=torch.float64)
+    positive, negative = loss.each(logit, torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+    return float(loss.weight * (positives * positive + negatives * negative))
+
+
+def _value_and_slope(x: Tensor, target: Tensor, gamma: float, alpha: float | None) -> tuple[Tensor, Tensor]:
+    """Loss and its derivative, elementwise; exact at both ends of the logits (no 1 - p that rounds to 0)."""
+    p, not_p = x.sigmoid(), (-x).sigmoid()
+    error = p * (1 - target) - not_p * target
+    bce = F.relu(x) * (1 - target) + F.relu(-x) * target + torch.log1p(torch.exp(-x.abs()))
+    balance = 1.0 if alpha is None else alpha * target + (1 - alpha) * (1 - target)
+    if gamma == 0:
+        return balance * bce, balance * error
+    size = error.abs().clamp(min=1e-12)  # the derivative of |error|^gamma has a pole at 0 for gamma < 1
+    focus = size.pow(gamma)
+    slope = focus * (gamma * error / size.square() * p * not_p * bce + error)
+    return balance * focus * bce, balance * slope
+
+
+def _background(
+    x: Tensor, weight: Tensor, smooth: float, gamma: float, alpha: float | None, slope: Tensor | None
+) -> Tensor:
+    """Weighted sum of the loss of (n, K) background logits; `slope` (n, K) takes the gradient, if wanted."""
+    if smooth > 0:
+        value, derivative = _value_and_slope(x, x.new_full((), smooth), gamma, alpha)
+        if slope is not None:
+            slope.copy_(derivative.mul_(weight))
+        return value.mul_(weight).sum()
+    # For t = 0 with s = softplus(x):  loss = b p^gamma s,  derivative = b p^gamma (gamma (1 - p) s + p).
+    p, s = x.sigmoid(), F.softplus(x)
+    factor = p.pow(gamma).mul_(weight if alpha is None else weight * (1 - alpha))
+    value = torch.dot(factor.view(-1), s.view(-1))
+    if slope is not None:
+        rest = torch.addcmul(s, p, s, value=-1, out=s)
+        torch.mul(torch.add(p, rest, alpha=gamma, out=rest), factor, out=slope)
+    return value
+
+
+class _Sum(torch.autograd.Function):
+    """Value and gradient in one pass; backward only scales the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: ClassTargets,
+        target: Tensor,
+        smooth: float,
+        gamma: float,
+        alpha: float | None,
+    ) -> Tensor:
+        classes = logits.shape[-1]
+        rows = logits.reshape(-1, classes)
+        count = rows.numel()
+        work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        row_weight = targets.prior_weight.reshape(-1, 1).to(work)
+        full_weight = None if targets.background_weight is None else targets.background_weight.reshape(-1, classes)
+
+        # bfloat16 has float32's range and can hold the gradient at half the memory; in float16 it would underflow.
+        # One place more than there are logits takes the entries of `targets` without meaning.
+        kept = torch.bfloat16 if logits.dtype == torch.bfloat16 else work
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty(count + 1, dtype=kept, device=logits.device) if wanted else None
+        slopes = None if gradient is None else gradient[:count].view(-1, classes)
+
+        sums = []
+        block = max(1, (CPU_BLOCK if logits.device.type == "cpu" else GPU_BLOCK) // classes)
+        for start in range(0, len(rows), block):
+            part = slice(start, start + block)
+            weight = row_weight[part] if full_weight is None else row_weight[part] * full_weight[part]
+            out = None if slopes is None else slopes[part]
+            direct = out if out is None or kept == work else torch.empty_like(out, dtype=work)
+            sums.append(_background(rows[part].to(work), weight, smooth, gamma, alpha, direct))
+            if out is not None and direct is not None and direct is not out:
+                out.copy_(direct)
+        total = torch.stack(sums).sum()
+
+        real, cell = targets.cell < count, targets.cell.clamp(max=count - 1)
+        x = rows.reshape(-1)[cell].to(work)
+        was_weight = row_weight.view(-1)[cell // classes]
+        if full_weight is not None:
+            was_weight = was_weight * full_weight.reshape(-1)[cell]
+        was, _ = _value_and_slope(x, x.new_full((), smooth), gamma, alpha)
+        now, slope = _value_and_slope(x, target.to(work), gamma, alpha)
+        weight = targets.weight.to(work)
+        total = total + ((now * weight - was * was_weight) * real).sum()
+        if gradient is not None:
+            gradient.scatter_(0, targets.cell, (slope * weight).to(kept))
+            ctx.save_for_backward(gradient)
+            ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient[:-1].view(ctx.shape) * scale).to(ctx.dtype), None, None, None, None, None
+
+
+def _sum(
+    logits: Tensor, targets: ClassTargets, target: Tensor, smooth: float, gamma: float, alpha: float | None
+) -> Tensor:
+    total: Tensor = _Sum.apply(logits, targets, target, smooth, gamma, alpha)
+    return total

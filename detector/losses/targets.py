@@ -1,0 +1,68 @@
+"""What the class logits of a batch should say, kept as sparse as the assignment is.
+
+Legend: B images, R priors of an image, K classes, P pairs.  A *cell* is one logit of the batch, (image * R + prior) * K
++ class.  Nearly every cell is background; a batch of RetinaNet has 15 million of them and some hundred that are not, so
+targets and weights of that size are never made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detector.structures import Assignment
+
+
+@dataclass(frozen=True)
+class ClassTargets:
+    """Every cell is background, with weight `prior_weight` times `background_weight`, but for the listed ones."""
+
+    shape: tuple[int, int, int]  # B, R, K
+    cell: Tensor  # (P,) int64, each cell once; B * R * K marks an entry without meaning
+    target: Tensor  # (P,) float32 in [0, 1]
+    weight: Tensor  # (P,) float32
+    prior_weight: Tensor  # (B, R) float32, 0 where a prior is ignored
+    background_weight: Tensor | None = None  # (B, R, K) float32; None means 1
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Target and weight of every cell, (B, R, K) float32 each: for losses that have no use for sparsity."""
+        batch, priors, classes = self.shape
+        weight = self.prior_weight[..., None].expand(self.shape)
+        if self.background_weight is not None:
+            weight = weight * self.background_weight
+        # One place more than there are cells takes the entries without meaning.
+        targets = self.target.new_zeros(batch * priors * classes + 1)
+        weights = torch.cat([weight.reshape(-1), targets[:1]])
+        targets.scatter_(0, self.cell, self.target)
+        weights.scatter_(0, self.cell, self.weight)
+        return targets[:-1].view(self.shape), weights[:-1].view(self.shape)
+
+
+def class_targets(assignment: Assignment, labels: Tensor, num_classes: int) -> ClassTargets:
+    """From pairs to cells; `labels` (N,) int64 are those of the batch's objects.
+
+    A pair of weight 0, or of an ignored prior, says nothing.  Several pairs of one cell (a prior with two objects of
+    one class) are one target: their highest quality, with their highest weight.
+    """
+    batch, priors = assignment.ignored.shape
+    nowhere = batch * priors * num_classes
+    weight = assignment.weight.float() * ~assignment.ignored.view(-1)[assignment.prior]
+    cell = assignment.prior * num_classes + labels[assignment.object]
+    cell, order = torch.where(weight > 0, cell, nowhere).sort()
+
+    first = cell != cell.roll(1)
+    first[:1] = True
+    group = first.cumsum(0) - 1
+    zeros = torch.zeros_like(weight)
+    target = zeros.scatter_reduce(0, group, assignment.quality.float()[order], "amax")[group]
+    weight = zeros.scatter_reduce(0, group, weight[order], "amax")[group]
+    return ClassTargets(
+        shape=(batch, priors, num_classes),
+        cell=torch.where(first, cell, nowhere),
+        target=target,
+        weight=weight,
+        prior_weight=(~assignment.ignored).float(),
+        background_weight=assignment.background_weight,
+    )

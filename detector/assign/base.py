@@ -1,0 +1,234 @@
+"""What holds for every rule of label assignment, settled once.
+
+Legend: B images, R priors of one image, N objects and I ignore regions of the whole batch, P pairs, K classes.
+
+An own rule needs a `type` and one method for one image; the base class loops and does the rest:
+
+    class Nearest(Assigner):
+        type: Literal["nearest"] = "nearest"
+
+        def assign_image(self, priors, objects, predictions):
+            distance = torch.cdist(priors.centers, objects.centers)       # (R, n); n is at least 1
+            near, index = distance.min(1)
+            return from_index(torch.where(near < 16, index, BACKGROUND))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from detector.config.node import Node
+from detector.structures import IGNORED, Assignment, Objects, Predictions, Priors
+
+PAIRS_AT_ONCE = 1 << 18  # (object, prior) pairs looked at together where all of them must be; bounds the memory
+
+
+class Assigner(Node):
+    """A rule: which prior learns which object.  No gradient flows through it and it keeps no state.
+
+    A subclass writes `assign` for the whole batch (ours do), or `assign_image` for one image.  Calling it guarantees,
+    whatever the rule: no graph; float32 with autocast off; images without objects; no prior in a pair is ignored;
+    priors in crowd regions and outside the image are ignored unless they are in a pair.
+    """
+
+    uses_predictions: ClassVar[bool] = False  # False: labels can be made, cached and drawn without a model
+
+    crowd_coverage: float = Field(
+        default=0.5, ge=0, le=1
+    )  # a prior with more of its area in one crowd region is ignored
+
+    def __call__(self, priors: Priors, objects: Objects, predictions: Predictions | None = None) -> Assignment:
+        """Assign a whole batch.
+
+        priors: R priors, the same for all images.  objects: N objects of B images.  predictions: logits (B, R, K) and
+        boxes (B, R, 4) in any float type, needed where `uses_predictions`.
+
+        Raises ValueError where shapes, types or devices do not fit together.  Values are checked without waiting for
+        the device (`torch._assert_async`): NaN predictions, and boxes that are not x1 y1 x2 y2, raise RuntimeError at
+        once on the CPU, and on a GPU at the next point where the host waits for it.
+        """
+        _check(priors, objects, predictions, self)
+        with torch.no_grad(), _full_precision(priors.boxes.device):
+            if len(objects):
+                found = self.assign(priors, objects, None if predictions is None else _to_float(predictions))
+            else:
+                found = nothing(priors, objects)
+            ignored = found.ignored
+            if len(objects.ignore):
+                ignored = ignored | crowded(priors, objects, self.crowd_coverage)
+            if objects.sizes is not None:
+                ignored = ignored | outside(priors, objects.sizes)
+            paired = torch.zeros(ignored.numel(), dtype=torch.uint8, device=ignored.device)
+            paired.scatter_reduce_(0, found.prior, (found.weight > 0).to(torch.uint8), "amax")
+            return replace(found, ignored=ignored & (paired == 0).view_as(ignored))
+
+    def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
+        """The whole batch, N > 0; predictions are finite float32.  Unless overridden: one image after the other."""
+        parts = []
+        for i in range(objects.batch_size):
+            mine = (objects.image == i).nonzero().squeeze(1)
+            if not len(mine):
+                parts.append(nothing(priors, objects.select_image(i)))
+                continue
+            one = self.assign_image(
+                priors, objects.select_image(i), None if predictions is None else predictions.select_image(i)
+            )
+            parts.append(replace(one, prior=one.prior + i * len(priors), object=mine[one.object]))
+        weights = [one.background_weight for one in parts]
+        full = next((w for w in weights if w is not None), None)
+        return Assignment(
+            num_priors=len(priors),
+            prior=torch.cat([one.prior for one in parts]),
+            object=torch.cat([one.object for one in parts]),
+            quality=torch.cat([one.quality for one in parts]),
+            weight=torch.cat([one.weight for one in parts]),
+            ignored=torch.cat([one.ignored for one in parts]),
+            background_weight=None
+            if full is None
+            else torch.cat([torch.ones_like(full) if w is None else w for w in weights]),
+        )
+
+    def assign_image(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
+        """One image with at least one object, as a batch of one; for rules where speed does not matter."""
+        raise NotImplementedError(f"{type(self).__name__} must define `assign` (a batch) or `assign_image` (one image)")
+
+
+def from_index(index: Tensor, quality: Tensor | None = None) -> Assignment:
+    """From one number for each prior, (R,) or (B, R): an object's index, BACKGROUND or IGNORED; `quality` likewise.
+
+    All R or B * R priors become pairs, those without an object as padding, so that no device is waited for.
+    """
+    index = index.view(-1, index.shape[-1])
+    taken = (index >= 0).view(-1)
+    weight = taken.float()
+    return Assignment(
+        num_priors=index.shape[1],
+        prior=torch.arange(index.numel(), device=index.device),
+        object=index.reshape(-1).clamp(min=0),
+        quality=weight if quality is None else quality.reshape(-1).float() * weight,
+        weight=weight,
+        ignored=index == IGNORED,
+    )
+
+
+def nothing(priors: Priors, objects: Objects) -> Assignment:
+    """No pair at all: everything is background."""
+    none = objects.image.new_zeros(0)
+    shape = (objects.batch_size, len(priors))
+    return Assignment(
+        num_priors=len(priors),
+        prior=none,
+        object=none,
+        quality=priors.boxes.new_zeros(0),
+        weight=priors.boxes.new_zeros(0),
+        ignored=torch.zeros(shape, dtype=torch.bool, device=priors.boxes.device),
+    )
+
+
+def crowded(priors: Priors, objects: Objects, coverage: float) -> Tensor:
+    """(B, R) bool: more than `coverage` of the prior's own area lies in one crowd region of its image."""
+    found = torch.zeros(objects.batch_size, len(priors), dtype=torch.uint8, device=priors.boxes.device)
+    low, high = priors.boxes[:, :2], priors.boxes[:, 2:]
+    own = (high - low).prod(1)
+    for part in chunks(len(objects.ignore), len(priors)):
+        region = objects.ignore[part, None]
+        shared = torch.minimum(high, region[..., 2:]) - torch.maximum(low, region[..., :2])
+        covered = shared.clamp(min=0).prod(-1) > coverage * own
+        image = objects.ignore_image[part, None].expand_as(covered)
+        found.scatter_reduce_(0, image, covered.to(torch.uint8), "amax")
+    return found > 0
+
+
+def outside(priors: Priors, sizes: Tensor) -> Tensor:
+    """(B, R) bool: the prior's centre lies half a stride or more beyond the true edge of the image.
+
+    sizes: (B, 2) height, width.  The cell that the edge runs through still counts as inside.
+    """
+    half = priors.stride[:, None] / 2
+    limit = sizes.to(priors.boxes.dtype).flip(1)[:, None]  # (B, 1, 2) width, height
+    return ((priors.centers <= -half) | (priors.centers >= limit + half)).any(-1)
+
+
+def chunks(count: int, each: int) -> Iterator[slice]:
+    """Slices of `count` rows of `each` pairs, so many rows at once as memory allows."""
+    rows = max(1, PAIRS_AT_ONCE // max(1, each))
+    for start in range(0, count, rows):
+        yield slice(start, min(start + rows, count))
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of numbers known beforehand, sent to the device once: sending anew would wait for the device."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _to_float(predictions: Predictions) -> Predictions:
+    quality = predictions.quality_logits
+    return Predictions(
+        predictions.class_logits.detach().float(),
+        predictions.boxes.detach().float(),
+        None if quality is None else quality.detach().float(),
+    )
+
+
+def _check(priors: Priors, objects: Objects, predictions: Predictions | None, rule: Assigner) -> None:
+    count, images, who = len(priors), objects.batch_size, type(rule).__name__
+    expected: list[tuple[str, Tensor, tuple[int | None, ...], torch.dtype | None]] = [
+        ("priors.boxes", priors.boxes, (None, 4), torch.float32),
+        ("priors.stride", priors.stride, (count,), torch.float32),
+        ("objects.boxes", objects.boxes, (None, 4), torch.float32),
+        ("objects.labels", objects.labels, (len(objects),), torch.int64),
+        ("objects.image", objects.image, (len(objects),), torch.int64),
+        ("objects.ignore", objects.ignore, (None, 4), torch.float32),
+        ("objects.ignore_image", objects.ignore_image, (len(objects.ignore),), torch.int64),
+    ]
+    if objects.sizes is not None:
+        expected.append(("objects.sizes", objects.sizes, (images, 2), None))
+    if predictions is not None:
+        expected.append(("predictions.class_logits", predictions.class_logits, (images, count, None), None))
+        expected.append(("predictions.boxes", predictions.boxes, (images, count, 4), None))
+        if predictions.quality_logits is not None:
+            expected.append(("predictions.quality_logits", predictions.quality_logits, (images, count), None))
+    elif rule.uses_predictions:
+        raise ValueError(f"{who} looks at the predictions, but none were given: pass `outputs.detached()`.")
+    for name, tensor, shape, dtype in expected:
+        if tensor.dim() != len(shape) or any(s not in (None, t) for s, t in zip(shape, tensor.shape, strict=True)):
+            wanted = ", ".join("any" if s is None else str(s) for s in shape)
+            raise ValueError(f"{who}: {name} has shape {tuple(tensor.shape)}, expected ({wanted}).")
+        if dtype is not None and tensor.dtype != dtype:
+            raise ValueError(f"{who}: {name} is {tensor.dtype}, expected {dtype}: coordinates lose pixels in less.")
+        if tensor.device != priors.boxes.device:
+            raise ValueError(f"{who}: {name} is on {tensor.device}, but the priors are on {priors.boxes.device}.")
+    if sum(priors.level_sizes) != count:
+        raise ValueError(f"{who}: priors.level_sizes {priors.level_sizes} do not sum to the {count} priors.")
+    if priors.grids and tuple(grid.size for grid in priors.grids) != tuple(priors.level_sizes):
+        raise ValueError(
+            f"{who}: priors.grids have {[g.size for g in priors.grids]} priors, but level_sizes {priors.level_sizes}."
+        )
+    _check_values(priors, objects, predictions)
+
+
+@torch.no_grad()
+def _check_values(priors: Priors, objects: Objects, predictions: Predictions | None) -> None:
+    """Without waiting for the device."""
+    for name, boxes in (("priors", priors.boxes), ("objects", objects.boxes)):
+        torch._assert_async((boxes[:, 2:] >= boxes[:, :2]).all(), f"{name}.boxes are not x1 y1 x2 y2 (or hold NaN)")
+    if predictions is not None:
+        nan = predictions.class_logits.isnan().any() | predictions.boxes.isnan().any()
+        if predictions.quality_logits is not None:
+            nan = nan | predictions.quality_logits.isnan().any()
+        torch._assert_async(~nan, "the predictions hold NaN: nothing can be assigned (the training has diverged)")

@@ -1,0 +1,211 @@
+"""A trained detector as a function from images to what is in them.
+
+import detector
+find = detector.load("runs/quickstart/best.pt")
+found = find("image.jpg")
+found.boxes, found.scores, found.labels, found.names
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from detector.config.load import from_snapshot
+from detector.config.run import RunConfig
+from detector.data.batch import collate
+from detector.data.images import read_image
+from detector.data.resize import Resize
+from detector.data.sample import Sample
+from detector.decode import DecodeConfig, decode
+from detector.errors import CheckpointError, DataError
+from detector.evaluate.runner import Precision, to_original
+from detector.models.fold import fold_batch_norm
+from detector.structures import Detections
+from detector.train.checkpoint import load_checkpoint
+from detector.train.device import find_device
+
+if TYPE_CHECKING:
+    from detector.models.dense import DenseDetector
+
+# A path, an array (H, W, 3) uint8 RGB, or a Pillow image.
+AnyImage = str | PathLike[str] | np.ndarray | Image.Image
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Found(Detections):
+    """What was found in one image, by falling score, on the CPU; boxes in pixels of the given image."""
+
+    names: tuple[str, ...] = ()  # the class of each detection
+
+    def as_json(self) -> list[dict[str, object]]:
+        """Plain data: xyxy box, score, label and name of each."""
+        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), self.names, strict=True)
+        return [
+            {"box": [round(c, 2) for c in box], "score": round(score, 4), "label": label, "name": name}
+            for box, score, label, name in rows
+        ]
+
+
+class Detector:
+    """Calls a network on images of any size: resized as in its training, detections in their own pixels.
+
+    Convolutions take up the batch norms after them, and weights and activations are of `precision`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: DenseDetector,
+        classes: Sequence[str],
+        resize: Resize,
+        pad_multiple: int,
+        decode_config: DecodeConfig,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self.classes = tuple(classes)
+        self.device, self.precision = device, precision
+        self._resize, self._pad_multiple, self._decode = resize, pad_multiple, decode_config
+        self._model: nn.Module = fold_batch_norm(model).to(device=device, dtype=_DTYPES[precision])
+
+    @overload
+    def __call__(self, images: AnyImage) -> Found: ...
+
+    @overload
+    def __call__(self, images: list[AnyImage] | list[np.ndarray]) -> list[Found]: ...
+
+    def __call__(self, images: AnyImage | list[AnyImage] | list[np.ndarray]) -> Found | list[Found]:
+        """One image, or a list of them, which is one batch.
+
+        Raises:
+            DataError: an image cannot be read, or is not RGB of 8 bits.
+        """
+        if isinstance(images, list):
+            return self._detect([as_array(image) for image in images]) if images else []
+        return self._detect([as_array(images)])[0]
+
+    @torch.inference_mode()
+    def _detect(self, images: list[np.ndarray]) -> list[Found]:
+        samples = [self._resize(_sample(image)) for image in images]
+        batch = collate(samples, pad_multiple=self._pad_multiple, canvas=self._resize.canvas()).to(self.device)
+        outputs = self._model(batch.images)
+        outputs = replace(outputs, box_raw=outputs.box_raw.float())  # coordinates need more digits than half has
+        found = to_original(decode(outputs, batch.sizes, self._decode), batch)
+        return [self._named(detections.cpu()) for detections in found]
+
+    def _named(self, found: Detections) -> Found:
+        names = tuple(self.classes[label] for label in found.labels.tolist())
+        return Found(found.boxes, found.scores, found.labels, names)
+
+
+def load(
+    path: str | PathLike[str],
+    device: str | torch.device = "auto",
+    precision: Precision | None = None,
+    threshold: float | None = None,
+    weights: str = "ema",
+) -> Detector:
+    """A detector from a checkpoint of training.
+
+    `device`: "auto" takes a GPU where there is one.  `precision`: fp32, bf16 or fp16; by default fp16 on a GPU and fp32
+    elsewhere.  `threshold`: the least score of a detection; by default the configuration's `decode.score_threshold`.
+    `weights`: "ema", the averaged ones where training averaged, or "raw".
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a checkpoint of this program.
+        DeviceError: this machine does not have the device.
+    """
+    place = find_device(str(device))
+    restored = restore(Path(path), weights)
+    config = restored.config
+    scores = config.decode
+    if threshold is not None:
+        scores = scores.model_validate({**scores.model_dump(), "score_threshold": threshold})
+    return Detector(
+        model=restored.model,
+        classes=restored.classes,
+        resize=config.data.resize,
+        pad_multiple=config.data.pad_multiple,
+        decode_config=scores,
+        device=place,
+        precision=precision or ("fp16" if place.type == "cuda" else "fp32"),
+    )
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A trained network with what belongs to it."""
+
+    model: DenseDetector  # on the CPU, in evaluation mode
+    classes: tuple[str, ...]
+    config: RunConfig
+    averaged: bool  # whether these are the averaged weights
+
+
+def restore(path: Path, weights: str = "ema", overrides: Sequence[str] = ()) -> Restored:
+    """The network of a checkpoint.  Code that the checkpoint's configuration names is not executed.
+
+    `weights`: "ema" or "raw"; a run without averaging has only raw ones.  `overrides`: `key=value` of the
+    configuration, for instance where the data now are.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a checkpoint of this program.
+        ConfigError: an override is wrong.
+    """
+    if weights not in ("ema", "raw"):
+        raise CheckpointError(f"weights {weights!r}: expected 'ema' or 'raw'")
+    content = load_checkpoint(path)
+    config = from_snapshot(content["config"], str(path), overrides, plugins=False)
+    classes = tuple(content["classes"])
+    averaged = weights == "ema" and bool(content["ema"])
+    model = config.model.build(len(classes), load_weights=False)
+    state: dict[str, Tensor] = content["ema"] if averaged else content["model"]
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise CheckpointError(
+            f"{path}: its weights do not fit the network of its configuration ({reason}); was it changed, or written by"
+            " another version?"
+        ) from None
+    return Restored(model.eval(), classes, config, averaged)
+
+
+def as_array(image: AnyImage) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of any image that a detector takes.
+
+    Raises:
+        DataError: the file cannot be read, or the array is of another shape or type.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise DataError(f"the image is {image.dtype} {image.shape}, expected uint8 (height, width, 3) in RGB order")
+        return image
+    if isinstance(image, Image.Image):
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    return read_image(Path(image))
+
+
+def _sample(image: np.ndarray) -> Sample:
+    none = np.zeros((0, 4), dtype=np.float32)
+    return Sample(
+        image=image,
+        boxes=none,
+        labels=np.zeros(0, dtype=np.int64),
+        rows=np.zeros(0, dtype=np.int64),
+        crowd=none,
+        image_id=0,
+        original_size=(image.shape[0], image.shape[1]),
+        scale=np.ones(2, dtype=np.float32),
+        offset=np.zeros(2, dtype=np.float32),
+    )

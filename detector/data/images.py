@@ -1,0 +1,80 @@
+"""Image files to RGB arrays.
+
+Whatever the file holds becomes (H, W, 3) uint8: grey is repeated, palettes are looked up, alpha is dropped (as Pillow's
+`convert("RGB")` does), CMYK is converted, 16 bits are brought to 8 by the fixed range 0..65535, so that equal values
+stay equal from image to image.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from detector.errors import DataError
+
+_UPRIGHT = cv2.IMREAD_COLOR_RGB
+_AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_JPEG_START, _JPEG_END, _JPEG_SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
+
+
+def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> np.ndarray:
+    """(H, W, 3) uint8 RGB.
+
+    A camera's EXIF orientation is applied, unless `expected_size`, the (height, width) that the annotations were made
+    for, fits only the image as it is stored.
+
+    Raises:
+        DataError: the file is missing, no image, damaged or cut off, or of another size than expected.
+    """
+    try:
+        content = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the image ({error.strerror or error})") from None
+    image = _decode(content, _UPRIGHT, path)
+    if expected_size is None or image.shape[:2] == expected_size:
+        return image
+    stored = _decode(content, _AS_STORED, path)
+    if stored.shape[:2] == expected_size:
+        return stored
+    raise DataError(
+        f"{path}: the image has height, width {image.shape[0]}, {image.shape[1]}, but the annotations say "
+        f"{expected_size[0]}, {expected_size[1]}; annotate the file that is used, or correct the sizes with "
+        "`python tools/check_data.py --fix`"
+    )
+
+
+def is_cut_off(content: np.ndarray) -> bool:
+    """Whether a JPEG, as uint8 numbers, lacks its end, so that its lower part would be plain grey without a word.
+
+    What follows the end marker (padding, a phone's video) does not matter; the end marker of an embedded preview,
+    which stands before the image's own data, does not count.
+    """
+    if content[:2].tobytes() != _JPEG_START or content[-2:].tobytes() == _JPEG_END:
+        return False
+    data = content.tobytes()
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == _JPEG_SCAN:
+            return data.find(_JPEG_END, at) < 0  # compressed data never holds the marker: FF is followed by 00 there
+        is_padding = data[at + 1] == 0xFF
+        at += 1 if is_padding else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return True
+
+
+def _decode(content: np.ndarray, flags: int, path: Path) -> np.ndarray:
+    if content.size == 0:
+        raise DataError(f"{path}: the image file is empty; restore it or take it out of the annotations")
+    if is_cut_off(content):
+        raise DataError(f"{path}: the JPEG is cut off (its end is missing); copy or download it again")
+    try:
+        image = cv2.imdecode(content, flags)
+    except cv2.error as error:  # for example an image of more than 2^30 pixels
+        raise DataError(f"{path}: cannot decode the image ({error.err or error})") from None
+    if image is None:
+        raise DataError(
+            f"{path}: damaged, cut off, or not an image that can be read (JPEG, PNG, WebP, BMP, GIF, TIFF "
+            "of 8 or 16 bits); restore it, convert it, or take it out of the annotations"
+        )
+    return np.asarray(image)

@@ -1,0 +1,274 @@
+"""The index of a COCO file: everything that training needs to know, in flat arrays.
+
+No Python object for an annotation, so forked workers share the memory and nothing grows.  n images in the file's order,
+m annotations ordered by image (then as in the file), K classes ordered by category id.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detector.data import columns, masks
+from detector.data.annotations import doctor, leaves_folder, no_collection, read_document, read_span, short
+from detector.errors import DataError
+
+_log = logging.getLogger(__name__)
+_NAMED = 3  # examples in a notice
+
+
+@dataclass(frozen=True, eq=False)
+class CocoIndex:
+    """Images, boxes and classes of one annotation file.
+
+    A box that is left out (not finite, no area within the image) has no row; `notices` tells how many were.
+    """
+
+    annotations: Path  # the file
+    images: Path  # the folder that file names are relative to
+    classes: tuple[str, ...]  # K names; label k is classes[k]
+    category_ids: np.ndarray  # (K,) int64 rising: label k is category_ids[k] in the file
+    image_ids: np.ndarray  # (n,) int64
+    sizes: np.ndarray  # (n, 2) int32 height, width
+    offsets: np.ndarray  # (n + 1,) int64: image i has the rows offsets[i] to offsets[i + 1]
+    boxes: np.ndarray  # (m, 4) float32 xyxy, clipped to the image
+    labels: np.ndarray  # (m,) int32 in [0, K)
+    crowd: np.ndarray  # (m,) bool
+    area: np.ndarray  # (m,) float64 pixels, as the file says: of the mask where there is one
+    annotation_ids: np.ndarray  # (m,) int64
+    annotated: bool  # False for a test set whose truth is not given
+    notices: tuple[str, ...]  # what was filled in or left out, a sentence each
+    names: bytes  # all file names, one after the other
+    name_offsets: np.ndarray  # (n + 1,) int64
+    spans: np.ndarray  # (m, 2) int64: where in the file each segmentation stands; 0 0 where there is none
+    stamp: tuple[int, int]  # size and time of the file when it was read
+
+    @classmethod
+    def load(cls, annotations: Path, images: Path) -> CocoIndex:
+        """Reads a COCO annotation file; images themselves are not touched.
+
+        Missing `iscrowd` becomes 0 and missing `area` the box's area; boxes are clipped to their image; boxes without
+        area are left out.  All this is counted in `notices` and logged once.
+
+        Raises:
+            DataError: the file or the folder is missing, or something in the file is wrong: names the annotation.
+        """
+        annotations, images = Path(annotations), Path(images)
+        if not images.is_dir():
+            raise DataError(f"{images}: no such image folder (for the annotations {annotations})")
+        with no_collection():
+            index = _build(annotations, images)
+        for notice in index.notices:
+            _log.warning("%s: %s", annotations, notice)
+        return index
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def file_name(self, i: int) -> str:
+        """Of image i, relative to the image folder."""
+        return self.names[self.name_offsets[i] : self.name_offsets[i + 1]].decode("utf-8")
+
+    def image_path(self, i: int) -> Path:
+        return self.images / self.file_name(i)
+
+    def rows(self, i: int) -> slice:
+        """Of image i in the annotation arrays, crowd regions included."""
+        return slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+
+    def image_of(self, row: int) -> int:
+        """The image that an annotation belongs to."""
+        return int(np.searchsorted(self.offsets, row, side="right")) - 1
+
+    def segmentation(self, row: int) -> Any:
+        """Polygons `[[x1, y1, ...], ...]`, a run-length encoding, or None; read from the file now.
+
+        Raises:
+            DataError: the file was changed since it was indexed, or the segmentation is not valid JSON.
+        """
+        start, stop = self.spans[row].tolist()
+        if start == stop:
+            return None
+        if _stamp(self.annotations) != self.stamp:
+            raise DataError(f"{self.annotations}: the annotation file was changed while in use; start again")
+        return read_span(self.annotations, start, stop)
+
+    def mask(self, row: int) -> np.ndarray | None:
+        """(height, width) bool in the original image's pixels, or None where the file has no segmentation.
+
+        Raises:
+            DataError: the segmentation is wrong: names the annotation.
+        """
+        segmentation = self.segmentation(row)
+        if not segmentation:
+            return None
+        height, width = self.sizes[self.image_of(row)].tolist()
+        try:
+            return masks.decode(segmentation, (height, width))
+        except DataError as error:
+            raise DataError(
+                f"{self.annotations}: annotation id {self.annotation_ids[row]}: segmentation: {error}; "
+                f"see {doctor(self.annotations, self.images)}"
+            ) from None
+
+
+def _build(annotations: Path, folder: Path) -> CocoIndex:
+    stamp = _stamp(annotations)
+    document, spans = read_document(annotations)
+    place = columns.Place(annotations, folder)
+    notices: list[str] = []
+    category_ids, classes = _categories(document.get("categories", []), place, notices)
+    images = document["images"]
+    image_ids, sizes, names = _images(images, place)
+    items = document.get("annotations", [])
+
+    annotation_ids = columns.integers(items, "id", "annotations", place)
+    columns.refuse_duplicates(annotation_ids, "annotation", place)
+    image = _lookup(image_ids, columns.integers(items, "image_id", "annotations", place), "image_id", items, place)
+    label = _lookup(
+        category_ids, columns.integers(items, "category_id", "annotations", place), "category_id", items, place
+    )
+    xywh = columns.boxes(items, place)
+    crowd = _crowd(items, place, notices)
+    area = _area(items, xywh, place, notices)
+    boxes, kept = _clip(xywh, sizes[image], annotation_ids, notices)
+    rows = np.flatnonzero(kept)
+    rows = rows[np.argsort(image[rows], kind="stable")]
+    return CocoIndex(
+        annotations=annotations,
+        images=folder,
+        classes=classes,
+        category_ids=category_ids,
+        image_ids=image_ids,
+        sizes=sizes,
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(image[rows], minlength=len(images)))]).astype(np.int64),
+        boxes=boxes[rows],
+        labels=label[rows].astype(np.int32),
+        crowd=crowd[rows],
+        area=area[rows],
+        annotation_ids=annotation_ids[rows],
+        annotated="annotations" in document,
+        notices=tuple(notices),
+        names=b"".join(names),
+        name_offsets=np.concatenate([[0], np.cumsum([len(n) for n in names])]).astype(np.int64),
+        spans=_spans(items, spans, place)[rows],
+        stamp=stamp,
+    )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the annotation file ({error.strerror or error})") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def _categories(items: list[Any], place: columns.Place, notices: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Ids in rising order and their names; a name that occurs twice gets its id appended, so that classes differ."""
+    ids = columns.integers(items, "id", "categories", place)
+    columns.refuse_duplicates(ids, "category", place)
+    names = columns.strings(items, "name", "categories", place)
+    order = np.argsort(ids, kind="stable")
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    if twice:
+        notices.append(f"several categories are called {short(sorted(twice)[0])}; their ids are appended to the names")
+    return ids[order], tuple(f"{names[k]} ({ids[k]})" if names[k] in twice else names[k] for k in order)
+
+
+def _images(items: list[Any], place: columns.Place) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+    ids = columns.integers(items, "id", "images", place)
+    columns.refuse_duplicates(ids, "image", place)
+    height = columns.integers(items, "height", "images", place)
+    width = columns.integers(items, "width", "images", place)
+    sizes = np.stack([height, width], 1)
+    wrong = np.flatnonzero(((sizes < 1) | (sizes > np.iinfo(np.int32).max)).any(1))
+    if len(wrong):
+        i = wrong[0]
+        raise place.error(f"image id {ids[i]}: height {height[i]}, width {width[i]}, expected at least 1")
+    names = columns.strings(items, "file_name", "images", place)
+    wrong_name = next((i for i, name in enumerate(names) if leaves_folder(name)), None)
+    if wrong_name is not None:
+        raise place.error(
+            f"image id {ids[wrong_name]}: file_name {short(names[wrong_name])} leaves the image folder, "
+            "expected a path inside it"
+        )
+    return ids, sizes.astype(np.int32), [name.encode("utf-8", "surrogatepass") for name in names]
+
+
+def _lookup(known: np.ndarray, ids: np.ndarray, key: str, items: list[Any], place: columns.Place) -> np.ndarray:
+    """(m,) int64: where each id stands in `known`."""
+    if len(ids) == 0:
+        return ids
+    order = np.argsort(known)
+    at = np.searchsorted(known[order], ids).clip(max=max(len(known) - 1, 0))
+    wrong = np.flatnonzero(known[order][at] != ids) if len(known) else np.arange(len(ids))
+    if len(wrong):
+        i = int(wrong[0])
+        kind = "images" if key == "image_id" else "categories"
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise place.error(f"annotation id {items[i]['id']}{more}: {key} {ids[i]} is not among `{kind}`")
+    return order[at]
+
+
+def _crowd(items: list[Any], place: columns.Place, notices: list[str]) -> np.ndarray:
+    values = [a.get("iscrowd") for a in items]
+    if not (set(map(type, values)) <= {int, bool, type(None)} and set(values) <= {None, 0, 1}):
+        i, value = next((i, v) for i, v in enumerate(values) if type(v) is float or v not in (None, 0, 1))
+        raise place.error(f"annotation id {items[i]['id']}: iscrowd is {short(value)}, expected 0 or 1")
+    missing = values.count(None)
+    if missing:
+        notices.append(f"`iscrowd` is missing in {missing} annotations; taken as 0")
+    return np.array([value == 1 for value in values], dtype=bool)
+
+
+def _area(items: list[Any], xywh: np.ndarray, place: columns.Place, notices: list[str]) -> np.ndarray:
+    area = columns.numbers(items, "area", "annotations", place)
+    missing = ~(np.isfinite(area) & (area >= 0))
+    if missing.any():
+        notices.append(f"`area` is missing or no area in {missing.sum()} annotations; the box's area is taken")
+    return np.where(missing, xywh[:, 2] * xywh[:, 3], area)
+
+
+def _clip(xywh: np.ndarray, sizes: np.ndarray, ids: np.ndarray, notices: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """xyxy float32 within the image, and which of them have an area there."""
+    limit = sizes[:, [1, 0, 1, 0]]
+    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
+    finite = np.isfinite(boxes).all(1)
+    with np.errstate(invalid="ignore"):
+        boxes = np.clip(boxes, 0, limit).astype(np.float32)
+        has_area = (xywh[:, 2:] > 0).all(1)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    for wrong, what in (
+        (~finite, "with NaN or infinite numbers"),
+        (finite & ~has_area, "without width or height"),
+        (finite & has_area & ~inside, "outside their image"),
+    ):
+        if wrong.any():
+            first = ", ".join(str(i) for i in ids[wrong][:_NAMED])
+            notices.append(
+                f"{wrong.sum()} boxes {what} are left out (annotation ids {first}"
+                f"{', ...' if wrong.sum() > _NAMED else ''})"
+            )
+    return boxes, finite & has_area & inside
+
+
+def _spans(items: list[Any], spans: np.ndarray, place: columns.Place) -> np.ndarray:
+    """(m, 2) int64: the segmentation of each annotation; an empty list counts as none."""
+    values = [a.get("segmentation") for a in items]
+    if not set(map(type, values)) <= {list, type(None)}:
+        i = next(i for i, v in enumerate(values) if not isinstance(v, list | None))
+        raise place.error(
+            f"annotation id {items[i]['id']}: segmentation is {short(values[i])}, "
+            "expected a list of polygons or a run-length encoding"
+        )
+    has = np.array([v is not None for v in values], dtype=bool)
+    found = np.zeros((len(items), 2), dtype=np.int64)
+    found[has] = spans[[v[0] for v in values if v is not None]]
+    found[found[:, 1] - found[:, 0] <= 2] = 0
+    return found

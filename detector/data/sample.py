@@ -1,0 +1,26 @@
+"""One image with its truth, as it travels from the files through the transforms to the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """An RGB image and its objects.  n objects, c crowd regions.
+
+    Boxes are xyxy in pixels of `image`, pixel edges.  `scale` and `offset` lead from original pixels to the present
+    ones, x_now = x_original * scale + offset, so that detections find their way back.
+    """
+
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    boxes: np.ndarray  # (n, 4) float32 xyxy, none of them a crowd
+    labels: np.ndarray  # (n,) int64 in [0, K)
+    rows: np.ndarray  # (n,) int64: row of each object in the index's annotation arrays
+    crowd: np.ndarray  # (c, 4) float32 xyxy: regions of many objects, neither object nor background
+    image_id: int  # of the annotation file
+    original_size: tuple[int, int]  # height, width of the image as the annotations describe it
+    scale: np.ndarray  # (2,) float32 x, y
+    offset: np.ndarray  # (2,) float32 x, y

@@ -22,7 +22,7 @@ setup(
         "hotcoco>=1.3,<2",
         "matplotlib>=3.9",
         "numpy>=2.0",
-        "opencv-python-headless>=4.10",
+        "opencv-python-headless>=5",
         "pillow>=10",
         "pycocotools>=2.0.8",
         "pydantic>=2.10,<3",

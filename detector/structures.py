@@ -60,10 +60,9 @@ class Priors:
     @cached_property
     def level(self) -> Tensor:
         """(R,) int64: the level of each prior."""
-        counts = torch.tensor(self.level_sizes, device=self.boxes.device)
-        return torch.arange(len(self.level_sizes), device=self.boxes.device).repeat_interleave(
-            counts, output_size=len(self)
-        )
+        # Not from a list of numbers: sending that to a GPU would wait for it.
+        parts = [self.boxes.new_full((n,), i, dtype=torch.int64) for i, n in enumerate(self.level_sizes)]
+        return torch.cat(parts)
 
     def __len__(self) -> int:
         return len(self.boxes)

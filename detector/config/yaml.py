@@ -19,6 +19,7 @@ import yaml
 from detector.errors import ConfigError
 
 COMMAND_LINE = "command line"
+UNITS = {"epochs", "steps", "images"}  # a length is given in one of them
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,18 @@ def apply(document: Document, overrides: Iterable[str]) -> Document:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Deep merge; a section whose `type` changes is replaced as a whole, never mixed."""
+    """Deep merge; a section whose `type` changes, or a length in another unit, is replaced as a whole, never mixed."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        if isinstance(value, dict) and isinstance(old, dict) and value.get("type", old.get("type")) == old.get("type"):
-            merged[key] = merge(old, value)
-        else:
-            merged[key] = value
+        merged[key] = merge(old, value) if isinstance(value, dict) and _goes_into(value, old) else value
     return merged
+
+
+def _goes_into(value: dict[str, Any], old: Any) -> bool:
+    if not isinstance(old, dict) or (value.keys() | old.keys()) <= UNITS:
+        return False
+    return value.get("type", old.get("type")) == old.get("type")
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -27,8 +27,9 @@ from detector.data.resize import Resize
 from detector.data.sample import Sample
 from detector.decode import DecodeConfig, decode
 from detector.errors import CheckpointError, DataError
-from detector.evaluate.runner import Precision, to_original
+from detector.evaluate.runner import to_original
 from detector.models.fold import fold_batch_norm
+from detector.models.layers import Precision
 from detector.structures import Detections
 from detector.train.checkpoint import load_checkpoint
 from detector.train.device import find_device

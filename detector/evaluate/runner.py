@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from detector.decode import DecodeConfig, decode
 from detector.evaluate.coco import CocoEvaluator, CocoResult
+from detector.models.layers import Precision, autocast
 from detector.structures import Batch, Detections
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def evaluate(
@@ -62,12 +60,6 @@ def inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Lower precision where it is safe; nothing at all for fp32."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 def to_original(found: Sequence[Detections], batch: Batch) -> list[Detections]:

@@ -16,9 +16,8 @@ from detector.errors import ConfigError
 from detector.losses import AnyBoxLoss, AnyClassLoss, AnyQualityLoss
 from detector.losses.classification import Focal
 from detector.losses.normalizer import Kind, Normalizer
-from detector.losses.pairs import Pairs
 from detector.losses.regression import Giou
-from detector.losses.targets import class_targets
+from detector.losses.targets import Pairs, class_targets
 from detector.structures import Assignment, Losses, Objects, Outputs
 
 if TYPE_CHECKING:

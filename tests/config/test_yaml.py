@@ -38,6 +38,12 @@ def test_another_type_replaces_the_whole_section(tmp_path: Path) -> None:
     assert files.read(path, ["assigner.type=atss"]).values["assigner"] == {"type": "atss", "topk": 9}
 
 
+def test_a_length_in_another_unit_replaces_the_old_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "train: {length: {epochs: 12}, batch_size: 4}\n")
+    for override in ("train.length={steps: 20}", "train.length.steps=20"):
+        assert files.read(path, [override]).values == {"train": {"length": {"steps": 20}, "batch_size": 4}}
+
+
 def test_an_override_reaches_into_lists(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", "augment: [{type: flip, probability: 0.5}, {type: color}]\n")
     assert files.read(path, ["augment.0.probability=1"]).values["augment"][0] == {"type": "flip", "probability": 1}

@@ -1,0 +1,5 @@
+"""Networks: images in, `Outputs` out.  `Model` is the union of all of them."""
+
+from detector.models.dense import DenseConfig
+
+Model = DenseConfig

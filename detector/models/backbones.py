@@ -1,0 +1,182 @@
+"""Backbones: any network of timm that gives feature maps."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import timm
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from detector.config.node import Node
+from detector.errors import CheckpointError, ConfigError
+from detector.models.layers import BackboneNorm, replace_batch_norms
+from detector.models.weights import LoadedWeights, load_weights
+
+log = logging.getLogger(__name__)
+
+Level = Annotated[int, Field(ge=1, le=5)]
+Pixel = Annotated[float, Field(ge=0, le=255)]
+
+
+class BackboneConfig(Node):
+    """A classification network as feature extractor; level n is its last map of stride 2**n."""
+
+    type: Literal["timm"] = "timm"
+    name: str = Field("resnet50", min_length=1, description="timm's name of the network")
+    pretrained: bool = Field(False, description="start from timm's ImageNet weights (downloaded once)")
+    weights: Path | None = Field(None, description="start from this .safetensors or .pth file with timm's names")
+    levels: tuple[Level, ...] = Field((3, 4, 5), min_length=1, description="maps of stride 2**level for the neck")
+    freeze_stages: int = Field(
+        0, ge=0, le=5, description="fixed: all up to the map of stride 2**n (2: stem and stage 1)"
+    )
+    norm: BackboneNorm | None = Field(None, description="what its batch norms become; null leaves the network as it is")
+    mean: tuple[Pixel, Pixel, Pixel] | None = Field(None, description="RGB in 0..255; null: what timm's weights expect")
+    std: tuple[Pixel, Pixel, Pixel] | None = Field(None, description="RGB in 0..255; null: what timm's weights expect")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BackboneConfig:
+        if list(self.levels) != sorted(set(self.levels)):
+            raise ValueError(f"levels {list(self.levels)} must rise, each once: write {sorted(set(self.levels))}")
+        if self.pretrained and self.weights is not None:
+            raise ValueError("pretrained and weights are both set: leave one out")
+        if self.norm == "group" and (self.pretrained or self.weights is not None):
+            raise ValueError(
+                "norm 'group' would discard the statistics that the given weights need: choose another norm"
+            )
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std {list(self.std)} must be positive")
+        return self
+
+    def build(self, *, load_weights: bool = True) -> Backbone:
+        """The network; without `load_weights` it is left random, for a checkpoint that follows.
+
+        Raises `ConfigError` for a network or a level that timm does not have, `CheckpointError` where weights cannot be
+        had or do not fit.
+        """
+        return Backbone(self, load_weights=load_weights)
+
+
+class Backbone(nn.Module):
+    """(B, 3, H, W) normalised RGB -> one (B, C, ~H / stride, ~W / stride) map for each configured level.
+
+    `channels` and `strides` say what the maps are, `mean` and `std` (0..255) what input the weights expect, `loaded`
+    what came from a local file.  Frozen stages take no gradient and stay in evaluation mode.
+    """
+
+    def __init__(self, config: BackboneConfig, *, load_weights: bool = True) -> None:
+        super().__init__()
+        pretrained = config.pretrained and load_weights
+        features = _create(config.name, pretrained)
+        reductions = list(features.feature_info.reduction())
+        self._picks = [_index(config, reductions, level) for level in config.levels]
+        frozen = _index(config, reductions, config.freeze_stages) if config.freeze_stages else None
+        depth = max(self._picks[-1], frozen or 0) + 1
+        if depth < len(reductions):  # deeper stages would be parameters without a gradient
+            features = _create(config.name, pretrained, out_indices=tuple(range(depth)))
+        self.loaded = None
+        if config.weights is not None and load_weights:
+            self.loaded = _load(features, config.name, config.weights)
+        if config.norm == "frozen_batch" and load_weights and not pretrained and self.loaded is None:
+            log.warning("backbone.norm: the frozen batch norms of a random network do nothing; give it weights")
+        # Found before the norms change: a frozen batch norm has no parameters to find it by.
+        self._frozen = [] if frozen is None else _freeze(features, frozen)
+        if config.norm is not None and replace_batch_norms(features, config.norm) == 0:
+            raise ConfigError(f"backbone.norm: {config.name} has no batch norm to become {config.norm!r}; use null")
+        for name in self._frozen:
+            features.get_submodule(name).requires_grad_(False)
+        self.features = features
+        self.channels = tuple(features.feature_info.channels()[i] for i in self._picks)
+        self.strides = tuple(reductions[i] for i in self._picks)
+        self._nhwc = str(getattr(features, "output_fmt", "NCHW")).endswith("NHWC")
+        expected = timm.get_pretrained_cfg(config.name)
+        self.mean = config.mean or tuple(255 * value for value in expected.mean)
+        self.std = config.std or tuple(255 * value for value in expected.std)
+        self.train()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = self.features(images)
+        picked = [maps[i] for i in self._picks]
+        return [x.permute(0, 3, 1, 2) for x in picked] if self._nhwc else picked
+
+    def train(self, mode: bool = True) -> Backbone:
+        super().train(mode)
+        for name in self._frozen:
+            self.features.get_submodule(name).eval()
+        return self
+
+
+def _create(name: str, pretrained: bool, out_indices: tuple[int, ...] | None = None) -> Any:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+        raise ConfigError(
+            f"backbone.name: timm has no network {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}"
+        )
+    options: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
+    is_swin = timm.model_entrypoint(name).__module__ == "timm.models.swin_transformer"
+    if is_swin:
+        # Any image size, and shifted windows in the last stage too, which timm leaves out for 224 pixels.
+        options |= {"strict_img_size": False, "always_partition": True}
+    try:
+        features = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    except Exception as error:  # whatever the hub, its network library or a damaged download raises
+        if not pretrained:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"backbone.pretrained: cannot get the weights of {name} ({reason}); without a network, name a local file"
+            " with backbone.weights and set backbone.pretrained=false"
+        ) from error
+    if is_swin:
+        features.patch_embed.dynamic_img_pad = True  # sizes that are no multiple of a patch
+    return features
+
+
+def _index(config: BackboneConfig, reductions: list[int], level: int) -> int:
+    if 2**level not in reductions:
+        has = ", ".join(str(r.bit_length() - 1) for r in reductions)
+        raise ConfigError(
+            f"backbone: {config.name} has no map of level {level} (stride {2**level}); it has levels {has}"
+        )
+    return reductions.index(2**level)
+
+
+def _load(features: nn.Module, name: str, path: Path) -> LoadedWeights:
+    with torch.device("meta"):  # the names alone
+        known = set(timm.create_model(name, pretrained=False).state_dict())
+    loaded = load_weights(features, path, name=name, known=known)
+    log.info("%s: %s", path, loaded)
+    return loaded
+
+
+def _freeze(features: nn.Module, last: int) -> list[str]:
+    """Stops the gradient of all that map number `last` depends on; returns the names of the modules it fills wholly.
+
+    Which parameters those are is asked of autograd, since each family of networks names its stages in its own way.
+    """
+    was_training = features.training
+    features.eval()
+    parameters = list(features.parameters())
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(features(torch.zeros(1, 3, 64, 64))[last].sum(), parameters, allow_unused=True)
+    features.train(was_training)
+    frozen = {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    for parameter in parameters:
+        if id(parameter) in frozen:
+            parameter.requires_grad_(False)
+    return list(_filled(features, frozen))
+
+
+def _filled(module: nn.Module, parameters: set[int], prefix: str = "") -> Iterator[str]:
+    """Names of the largest modules below `module` that have no other parameters than these."""
+    for name, child in module.named_children():
+        own = [id(parameter) in parameters for parameter in child.parameters()]
+        if own and all(own):
+            yield prefix + name
+        elif any(own):
+            yield from _filled(child, parameters, f"{prefix}{name}.")

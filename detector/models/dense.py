@@ -1,0 +1,60 @@
+"""One-stage detectors: backbone, neck, dense head."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from detector.config.node import Node
+from detector.models.backbones import Backbone, BackboneConfig
+from detector.models.dense_head import DenseHead, DenseHeadConfig
+from detector.models.fpn import Fpn, FpnConfig
+from detector.structures import Objects, Outputs
+
+
+class DenseConfig(Node):
+    """RetinaNet, FCOS, ATSS and what lies between them."""
+
+    type: Literal["dense"] = "dense"
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    neck: FpnConfig = Field(default_factory=FpnConfig)
+    head: DenseHeadConfig = Field(default_factory=DenseHeadConfig)
+
+    def build(self, num_classes: int, *, load_weights: bool = True) -> DenseDetector:
+        """The network; `load_weights=False` leaves the backbone random, for a checkpoint that follows."""
+        backbone = self.backbone.build(load_weights=load_weights)
+        neck = self.neck.build(backbone.channels, backbone.strides)
+        head = self.head.build(neck.channels, neck.strides, num_classes)
+        return DenseDetector(backbone=backbone, neck=neck, head=head)
+
+
+class DenseDetector(nn.Module):
+    """The network alone: it knows no loss, no assigner and no decoding.
+
+    Input: (B, 3, H, W) RGB in 0..255, uint8 or floating point, any H and W; normalised here, on the device, to the
+    backbone's mean and std.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, *, backbone: Backbone, neck: Fpn, head: DenseHead) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.head = backbone, neck, head
+        mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
+        self.register_buffer("scale", (1 / std)[:, None, None], persistent=False)
+        self.register_buffer("shift", (-mean / std)[:, None, None], persistent=False)
+        self.memory_format = torch.contiguous_format
+
+    def channels_last(self) -> DenseDetector:
+        """From now on in channels_last: on CPU about a tenth faster for inference, as much slower for training."""
+        self.memory_format = torch.channels_last
+        return self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, objects: Objects | None = None) -> Outputs:
+        """`objects` are for models whose forward pass depends on the truth; this one does without."""
+        images = images.contiguous(memory_format=self.memory_format).to(self.scale.dtype)
+        return self.head(self.neck(self.backbone(torch.addcmul(self.shift, images, self.scale))))

@@ -298,7 +298,7 @@ class Owners:
         best = self.score[flat]
         # Who is outbid leaves; then the first of the highest bidders enters.  Touches the offered priors alone.
         self.object.scatter_reduce_(0, flat, torch.where(best > before, NOBODY, -1), "amax")
-        self.object.scatter_reduce_(0, flat, owner.where(valid & (score == best), NOBODY), "amax")
+        self.object.scatter_reduce_(0, flat, owner.where(valid & (score == best), NOBODY), "amin")
         if self._offered is not None:
             self._offered.append(Pairs(flat, owner, valid))
 

@@ -1,0 +1,249 @@
+"""Batches for training and for evaluation, from worker processes.
+
+A sample is a function of (seed, epoch, index), a batch's images and size of (seed, step): the number of workers,
+evaluation in between and resuming change no byte.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from detector import seeding
+from detector.data.batch import PADDING, collate
+from detector.data.coco import CocoData
+from detector.data.resize import Sizing
+from detector.data.sample import Sample
+from detector.data.sampler import InOrder, Key, Stream
+from detector.data.transforms import Augmentation
+from detector.errors import DataError, UserError
+from detector.structures import Batch
+
+_log = logging.getLogger(__name__)
+
+
+def train_loader(
+    data: CocoData,
+    *,
+    augment: Sequence[Augmentation],
+    resize: Sizing,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    stop_step: int,
+    workers: int = 2,
+    pad_multiple: int = 32,
+    max_unreadable: int = 10,
+    rank: int = 0,
+    world: int = 1,
+) -> Loader:
+    """The batches of the steps from `start_step` to before `stop_step`.
+
+    Each sample goes through `augment` in order and then through `resize`; flips and colour at the end of `augment` come
+    after it where that is cheaper.  An image that cannot be read is replaced by the next readable one and named in the
+    batch's `failures`.
+
+    Raises:
+        DataError: the set has no image; while iterating: more than `max_unreadable` images could not be read.
+    """
+    if len(data) == 0:
+        raise DataError(f"{data.index.annotations}: holds no image to train on")
+    keys = Stream(
+        len(data),
+        batch_size=batch_size,
+        seed=seed,
+        start_step=start_step,
+        stop_step=stop_step,
+        choices=len(resize.multi_scale),
+        rank=rank,
+        world=world,
+    )
+    source = _TrainSource(data, tuple(augment), resize, pad_multiple, seed, max_unreadable)
+    return Loader(source, keys, workers, max_unreadable)
+
+
+def eval_loader(
+    data: CocoData,
+    *,
+    resize: Sizing,
+    batch_size: int,
+    workers: int = 2,
+    pad_multiple: int = 32,
+    max_unreadable: int = 10,
+    rank: int = 0,
+    world: int = 1,
+) -> Loader:
+    """Every image once, in the file's order, the last batch perhaps smaller.  May be iterated again and again.
+
+    An image that cannot be read becomes a plain one and is named in the batch's `failures`: its objects count as
+    missed, so the score stays that of the whole set.
+
+    Raises:
+        DataError: while iterating: more than `max_unreadable` images could not be read.
+    """
+    keys = InOrder(len(data), batch_size=batch_size, rank=rank, world=world)
+    return Loader(_EvalSource(data, resize, pad_multiple), keys, workers, max_unreadable)
+
+
+class Loader:
+    """Batches, with errors in workers turned into one sentence, and unreadable images counted."""
+
+    def __init__(self, source: _Source, keys: Stream | InOrder, workers: int, max_unreadable: int) -> None:
+        self.max_unreadable = max_unreadable
+        self.unreadable: set[str] = set()  # one line for each image
+        self._loader: DataLoader[Any] = DataLoader(
+            source,
+            batch_sampler=keys,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # or else it would draw from the global one
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    f"a data worker was ended from outside, most often because memory ran out ({error}):"
+                    " set data.workers lower, or to 0, and resume"
+                ) from error
+            if isinstance(batch, UserError):
+                raise batch
+            self._count(batch.failures)
+            yield batch
+
+    def _count(self, failures: tuple[str, ...]) -> None:
+        for line in failures:
+            if line not in self.unreadable:
+                self.unreadable.add(line)
+                _log.warning("%s", line)
+        if len(self.unreadable) > self.max_unreadable:
+            raise DataError(
+                f"{len(self.unreadable)} images could not be read, more than data.max_unreadable={self.max_unreadable};"
+                f" the last: {failures[-1]}"
+            )
+
+
+class _Source(Dataset[Any]):
+    """Makes the batch of a list of keys; a user's mistake is returned, so that its text arrives without a traceback."""
+
+    def __init__(self, data: CocoData, resize: Sizing, pad_multiple: int) -> None:
+        self.data = data
+        self.resize = resize
+        self.pad_multiple = pad_multiple
+
+    def __getitems__(self, keys: list[Key]) -> Batch | UserError:
+        failures: list[str] = []
+        try:
+            samples = [self.sample(key, failures) for key in keys]
+        except UserError as error:
+            return error
+        canvas = self.resize.canvas(keys[0].choice)
+        return collate(samples, pad_multiple=self.pad_multiple, canvas=canvas, failures=tuple(failures))
+
+    def sample(self, key: Key, failures: list[str]) -> Sample:
+        raise NotImplementedError
+
+
+class _TrainSource(_Source):
+    def __init__(
+        self,
+        data: CocoData,
+        augment: tuple[Augmentation, ...],
+        resize: Sizing,
+        pad_multiple: int,
+        seed: int,
+        max_unreadable: int,
+    ) -> None:
+        super().__init__(data, resize, pad_multiple)
+        # The last steps, as far as they give the same after the resize, are done where the image is smaller.
+        count = len(list(takewhile(lambda change: change.commutes, reversed(augment))))
+        self.before, self.around = augment[: len(augment) - count], augment[len(augment) - count :]
+        self.seed = seed
+        self.max_unreadable = max_unreadable
+
+    def sample(self, key: Key, failures: list[str]) -> Sample:
+        sample = self._read(key.image, failures)
+        rng = seeding.generator(self.seed, seeding.SAMPLE, key.epoch, key.image)
+        for change in self.before:
+            sample = change(sample, rng)
+        height, width = self.resize.target(sample.image.shape[:2], key.choice)
+        shrinks = height * width < sample.image.shape[0] * sample.image.shape[1]
+        if shrinks:
+            sample = self.resize(sample, key.choice)
+        for change in self.around:
+            sample = change(sample, rng)
+        return sample if shrinks else self.resize(sample, key.choice)
+
+    def _read(self, index: int, failures: list[str]) -> Sample:
+        """Image `index`, or the next one that can be read."""
+        tries = min(len(self.data), self.max_unreadable + 1)
+        for further in range(tries):
+            try:
+                return self.data[(index + further) % len(self.data)]
+            except DataError as error:
+                failures.append(str(error))
+        raise DataError(f"{tries} images in a row could not be read; the first: {failures[-tries]}")
+
+
+class _EvalSource(_Source):
+    def sample(self, key: Key, failures: list[str]) -> Sample:
+        try:
+            return self.resize(self.data[key.image])
+        except DataError as error:
+            failures.append(str(error))
+            return self.resize(_blank(self.data, key.image))
+
+
+def _blank(data: CocoData, i: int) -> Sample:
+    height, width = data.index.sizes[i].tolist()
+    return Sample(
+        image=np.full((height, width, 3), PADDING, dtype=np.uint8),
+        boxes=np.zeros((0, 4), dtype=np.float32),
+        labels=np.zeros(0, dtype=np.int64),
+        rows=np.zeros(0, dtype=np.int64),
+        crowd=np.zeros((0, 4), dtype=np.float32),
+        image_id=int(data.index.image_ids[i]),
+        original_size=(height, width),
+        scale=np.ones(2, dtype=np.float32),
+        offset=np.zeros(2, dtype=np.float32),
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Torch would make tensors of it; it is a batch already."""
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    """One core for each worker (torch sees to its own threads).
+
+    Signals are for the main process, which finishes its step and then ends the workers.
+
+    A worker that gets a SIGTERM (schedulers send it to every process) leaves quietly: torch would otherwise raise in
+    the middle of the main process's last step.
+    """
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -20,7 +20,6 @@ setup(
     install_requires=[
         "albumentations>=2.0.8,<2.1",
         "hotcoco>=1.3,<2",
-        "matplotlib>=3.9",
         "numpy>=2.0",
         "opencv-python-headless>=5",
         "pillow>=10",
@@ -38,11 +37,8 @@ setup(
         "test": [
             "hypothesis>=6.100",
             "mypy>=1.15",
-            "onnxruntime>=1.20",
-            "onnx>=1.17",
             "pytest>=8",
             "ruff>=0.9",
-            "scipy>=1.13",
             "types-PyYAML",
         ],
     },

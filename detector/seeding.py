@@ -1,4 +1,4 @@
-"""Derived randomness: every random number is a function of (seed, what it is for, where we are), never of what ran before.
+"""Derived randomness: a random number depends on (seed, what it is for, where we are), never on what ran before.
 
     order of an epoch            generator(seed, ORDER, epoch)
     augmentation of one sample   generator(seed, SAMPLE, epoch, index)

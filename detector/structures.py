@@ -45,7 +45,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Priors:
-    """What gets labelled, the same for every image of a batch: anchors, points (as squares around them) or proposals."""
+    """What gets labelled, the same for every image of a batch: anchors, points (as squares) or proposals."""
 
     boxes: Tensor  # (R, 4) float32 xyxy
     stride: Tensor  # (R,) float32 pixels

@@ -96,14 +96,15 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(value, dict) and _goes_into(value, old) else value
+        if isinstance(value, dict) and isinstance(old, dict) and _same_kind(value, old):
+            value = merge(old, value)
+        merged[key] = value
     return merged
 
 
-def _goes_into(value: dict[str, Any], old: Any) -> bool:
-    if not isinstance(old, dict) or (value.keys() | old.keys()) <= UNITS:
-        return False
-    return value.get("type", old.get("type")) == old.get("type")
+def _same_kind(value: dict[str, Any], old: dict[str, Any]) -> bool:
+    lengths = (value.keys() | old.keys()) <= UNITS
+    return not lengths and value.get("type", old.get("type")) == old.get("type")
 
 
 def _read_file(path: Path) -> dict[str, Any]:

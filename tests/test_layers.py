@@ -13,14 +13,21 @@ PACKAGE = Path(__file__).resolve().parents[1] / "detector"
 
 # From the bottom up; a module may import from its own layer and from those before it.
 LAYERS = (
-    ("detector.errors", "detector.seeding", "detector.config.node", "detector.config.yaml"),
+    (
+        "detector.errors",
+        "detector.seeding",
+        "detector.files",
+        "detector.canvas",
+        "detector.config.node",
+        "detector.config.yaml",
+    ),
     ("detector.boxes", "detector.coders", "detector.structures"),
     ("detector.data", "detector.models", "detector.assign"),
     ("detector.losses", "detector.decode"),
     ("detector.evaluate", "detector.draw"),
     # RunConfig knows the sections of the trainer, which stand alone; the loop knows RunConfig.
     ("detector.config", "detector.train"),
-    ("detector.predict", "detector.bench"),
+    ("detector.predict", "detector.media", "detector.bench"),
     ("detector.cli",),
 )
 # Siblings that do not know each other.

@@ -1,0 +1,71 @@
+"""`detector-benchmark`: how fast it is, as ratios to what it is compared with in the same run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from detector.cli.common import run_command
+
+SUBJECTS = ("train", "infer", "assign", "load", "evaluate")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmark",
+        description="Time what matters against the bare network, torchvision, the dense assigners, bare image decoding"
+        " and pycocotools, in turns within one run.",
+        epilog="Leave the machine alone while it runs.  A missed target is reported; the exit code stays 0.",
+    )
+    parser.add_argument("subjects", nargs="*", metavar="|".join((*SUBJECTS, "all")), help="default: all")
+    parser.add_argument(
+        "--quick", action="store_true", help="small inputs and few turns: whether it runs, not how fast"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda, cuda:1 ... of train, infer and assign (default: cpu)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, every turn's time included")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables into this document")
+    options = parser.parse_intermixed_args(arguments)
+    unknown = [name for name in options.subjects if name not in (*SUBJECTS, "all")]
+    if unknown:
+        parser.error(f"{unknown[0]!r}: expected one or several of {', '.join(SUBJECTS)}, or all")
+    if options.threads is not None and options.threads < 1:
+        parser.error("--threads: expected at least 1")
+    return run_command(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    import json
+    import os
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or else the profiler, which counts memory, writes to stderr
+    import torch
+
+    from detector.bench import assignment, inference, loading, scoring, train_step
+    from detector.bench.document import update
+    from detector.bench.measure import machine
+    from detector.files import write_whole
+    from detector.train.device import find_device
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = find_device(options.device)
+    runs = dict(zip(SUBJECTS, (t.run for t in (train_step, inference, assignment, loading, scoring)), strict=True))
+    chosen = [
+        name for name in SUBJECTS if name in options.subjects or not options.subjects or "all" in options.subjects
+    ]
+    tables = {}
+    for name in chosen:
+        tables[name] = runs[name](device, options.quick)
+        print(tables[name].markdown(machine(device)), flush=True)
+    if options.json is not None:
+        content = {"machine": machine(device), "quick": options.quick}
+        content |= {name: table.as_json() for name, table in tables.items()}
+        write_whole(options.json, (json.dumps(content, indent=1) + "\n").encode())
+    if options.markdown is not None:
+        old = options.markdown.read_text(encoding="utf-8") if options.markdown.is_file() else ""
+        new = update(old, {table.title: table.markdown(machine(device)) for table in tables.values()})
+        write_whole(options.markdown, new.encode())
+    return 0

@@ -10,7 +10,7 @@ import pytest
 from detector.config.load import load_config
 from detector.train.loop import train
 
-RULES = ("max_iou", "fcos", "atss")
+RULES = ("atss", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("max_iou", "fcos")))
 
 
 @pytest.mark.parametrize("rule", RULES)

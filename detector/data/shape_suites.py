@@ -39,7 +39,9 @@ PLAIN = ("circle", "square", "triangle", "star", "cross")
 HOLLOW = ("crescent", "arc", "hook", "horseshoe")
 
 SUITES: dict[SuiteName, Suite] = {
-    "plain": Suite("moderate sizes, few objects, little occlusion", PLAIN, (2, 6), (28, 110)),
+    "plain": Suite(
+        "several objects of moderate sizes, little occlusion", ("circle", "triangle", "cross"), (5, 11), (22, 64)
+    ),
     "dense": Suite("dozens of objects, touching and overlapping", PLAIN, (30, 60), (14, 40), visible=50, crowd=12),
     "tiny": Suite("objects of a few pixels", PLAIN, (8, 24), (5, 16), turn=8),
     "elongated": Suite(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def run(device: torch.device, quick: bool) -> Table:
     side, turns = (128, 2) if quick else (SIDE, 9)
     rows, targets, numbers = [], [], {}
     for name, method in methods().items():
-        times, found = _compare(method, device, side, turns)
+        times, found = compare(method, device, side, turns)
         peer = times.ratio("ours", "peer")
         rows.append(
             (
@@ -55,7 +56,7 @@ def run(device: torch.device, quick: bool) -> Table:
     )
 
 
-def _compare(method: Method, device: torch.device, side: int, turns: int) -> tuple[Times, tuple[int, int]]:
+def compare(method: Method, device: torch.device, side: int, turns: int) -> tuple[Times, tuple[int, int]]:
     torch.manual_seed(0)
     images = random_images(BATCH, side).to(device)
     sizes = torch.full((BATCH, 2), float(side), device=device)
@@ -85,7 +86,7 @@ def _compare(method: Method, device: torch.device, side: int, turns: int) -> tup
 
 def prepare_ours(model: DenseDetector, images: Tensor) -> None:
     """Gives an untrained network of ours the scores of a trained one, and FCOS boxes of eight strides."""
-    spread_scores(model.head.classes, model(images).class_logits)
+    spread_scores(model.head.classes, lambda: model(images).class_logits)
     if model.head.config.coder.type == "distances":
         _bias(model.head.box).fill_(4.0)
 
@@ -94,7 +95,7 @@ def prepare_peer(model: Any, floats: list[Tensor], method: Method) -> None:
     """The same for torchvision's."""
     head = model.head
     features = list(model.backbone(model.transform(floats)[0].tensors).values())
-    spread_scores(head.classification_head.cls_logits, head(features)["cls_logits"])
+    spread_scores(head.classification_head.cls_logits, lambda: head(features)["cls_logits"])
     model.score_thresh, model.nms_thresh = THRESHOLD, method.decode.nms_iou
     model.topk_candidates, model.detections_per_img = method.decode.pre_nms_topk, method.decode.max_detections
     if method.peer_name == "FCOS":
@@ -103,14 +104,14 @@ def prepare_peer(model: Any, floats: list[Tensor], method: Method) -> None:
         model.score_thresh = math.sqrt(THRESHOLD / 2)
 
 
-def spread_scores(conv: nn.Module, logits: Tensor) -> None:
-    """Changes the convolution that gave `logits` (B, R, K) so that `CANDIDATES` an image are above the threshold."""
+def spread_scores(conv: nn.Module, logits: Callable[[], Tensor]) -> None:
+    """Changes the convolution that makes `logits()` (B, R, K) so that `CANDIDATES` an image are above the threshold."""
     assert isinstance(conv, nn.Conv2d)
-    bias = _bias(conv)
-    values = (logits - bias[0]).flatten()
+    bias = _bias(conv).zero_()  # beside a bias, the small numbers of an untrained network would be rounded
+    values = logits()
     factor = 1.5 / values.std()
-    passing = min(CANDIDATES * len(logits), len(values) // 2)
-    least = (values * factor).topk(passing).values[-1]
+    passing = min(CANDIDATES * len(values), values.numel() // 2)
+    least = (values.flatten() * factor).topk(passing).values[-1]
     conv.weight.mul_(factor)
     bias.fill_(math.log(THRESHOLD / (1 - THRESHOLD)) - float(least))
 

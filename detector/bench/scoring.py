@@ -31,7 +31,7 @@ METHOD = (
 
 
 def run(device: torch.device, quick: bool) -> Table:
-    count, turns = (200, 2) if quick else (IMAGES, 4)
+    count, turns = (40, 2) if quick else (IMAGES, 4)
     content, found = make_set(count)
     ids = [image["id"] for image in content["images"]]
     with tempfile.TemporaryDirectory() as name:

@@ -28,7 +28,7 @@ def run(device: torch.device, quick: bool) -> Table:
     side, turns = (128, 2) if quick else (SIDE, 7)
     rows, targets, numbers = [], [], {}
     for name, method in methods().items():
-        times = _compare(method, device, side, turns)
+        times = compare(method, device, side, turns)
         bare, peer = times.ratio("ours", "bare"), times.ratio("ours", "peer")
         rows.append(
             (
@@ -53,7 +53,7 @@ def run(device: torch.device, quick: bool) -> Table:
     )
 
 
-def _compare(method: Method, device: torch.device, side: int, turns: int) -> Times:
+def compare(method: Method, device: torch.device, side: int, turns: int) -> Times:
     torch.manual_seed(0)
     images, objects = random_images(BATCH, side).to(device), random_objects(BATCH, OBJECTS, (side, side)).to(device)
     ours, peer = method.model.build(NUM_CLASSES).to(device), build_peer(method, side).to(device)

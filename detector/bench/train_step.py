@@ -16,7 +16,7 @@ MOST_OVERHEAD, MOST_OF_PEER = 0.08, 0.85
 METHOD = (
     "ResNet-50, FPN and full-size head (80 classes, 256 channels, 4 convolutions), all layers trained with batch norm;"
     " batch of {batch}, {side}x{side}, {objects} objects an image, float32.  Ours: uint8 images to losses to gradients."
-    "  Bare: forward and backward of the same backbone, neck and head from normalised images and with the sum of all"
+    "  Bare: forward and backward of the same backbone, neck and head from normalised images, with the gradient of the sum of all"
     " outputs as loss.  torchvision: its detector as it is built by default, from float images (their conversion is not"
     " counted), with the same layers and norms; its FCOS stands beside our ATSS, whose network is the same.  The"
     " optimiser's step is left out everywhere.  In turns, {turns} of them after one of warm-up; ratios are medians over"
@@ -67,7 +67,7 @@ def compare(method: Method, device: torch.device, side: int, turns: int) -> Time
 
     def bare_step() -> None:
         ours.zero_grad(set_to_none=True)
-        _bare_loss(ours, normalised).backward()
+        _forward_and_backward(ours, normalised)
 
     floats = list(images.float().div(255).contiguous())
     truth = _per_image(objects)
@@ -80,10 +80,15 @@ def compare(method: Method, device: torch.device, side: int, turns: int) -> Time
     return take_turns({"ours": step, "bare": bare_step, "peer": peer_step}, device, turns=turns)
 
 
-def _bare_loss(model: DenseDetector, normalised: Tensor) -> Tensor:
-    outputs = model.head(model.neck(model.backbone(normalised)))
-    loss = outputs.class_logits.sum() + outputs.box_raw.sum()
-    return loss if outputs.quality_logits is None else loss + outputs.quality_logits.sum()
+def _forward_and_backward(model: DenseDetector, normalised: Tensor) -> None:
+    """With the gradient of the sum of all outputs, given as full tensors.
+
+    Calling `sum().backward()` would expand a single 1 without memory, from which autograd loses the channels_last order
+    on the way back: the convolutions would then be slower than in any real step, and the bound flattering.
+    """
+    found = model.head(model.neck(model.backbone(normalised)))
+    outputs = [x for x in (found.class_logits, found.box_raw, found.quality_logits) if x is not None]
+    torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
 
 def _per_image(objects: Objects) -> list[dict[str, Tensor]]:

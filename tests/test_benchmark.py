@@ -1,0 +1,158 @@
+"""The benchmark measures what it says; how fast anything is, is not tested."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from detector.bench import assignment, inference, loading, scoring, train_step
+from detector.bench.document import update
+from detector.bench.measure import Table, Target, Times, peak_bytes, take_turns
+from detector.bench.networks import NUM_CLASSES, methods, random_images, random_objects
+from detector.cli.benchmark import main
+
+CPU = torch.device("cpu")
+
+
+def test_turns_begin_with_each_candidate_in_turn() -> None:
+    calls: list[str] = []
+    times = take_turns({name: lambda name=name: calls.append(name) for name in "abc"}, CPU, turns=3, warm_up=1)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert [len(times.seconds[name]) for name in "abc"] == [3, 3, 3]
+
+
+def test_turns_end_when_patience_does() -> None:
+    calls: list[str] = []
+    take_turns({"a": lambda: calls.append("a")}, CPU, turns=9, warm_up=0, patience=0)
+    assert calls == ["a"]
+
+
+def test_a_ratio_is_the_median_within_turns() -> None:
+    """The second turn was slow for both, the third for one of them."""
+    times = Times({"a": [1.0, 10.0, 9.0], "b": [2.0, 20.0, 2.0]})
+    assert times.ratio("a", "b") == 0.5
+    assert times.median("b") == 2.0
+    assert times.spread("a", "b") == "0.500 to 2.500"
+
+
+def test_peak_memory_counts_what_is_held_at_one_time() -> None:
+    given = torch.zeros(1 << 20)  # 4 MiB that are not the call's
+
+    def call() -> torch.Tensor:
+        first = given + 1
+        second = torch.cat([first, first])  # the peak: 4 + 8 MiB
+        del first
+        return second[: 1 << 18] + 1  # 8 + 1
+
+    peak, result = peak_bytes(call, CPU)
+    assert peak == 12 << 20
+    assert result.numel() == 1 << 18
+
+
+@pytest.mark.parametrize(("name", "rule", "kind"), assignment.CASES)
+def test_assigners_equal_the_dense_version(name: str, rule, kind) -> None:  # type: ignore[no-untyped-def]
+    priors = assignment.make_priors(kind, (128, 160), CPU)
+    objects = random_objects(2, 5, (128, 160))
+    result = assignment.measure(rule, priors, objects, assignment.load_dense(), CPU, patience=0)
+    assert result["same"] is True, name
+    assert result["dense_bytes"] / result["bytes"] == result["memory_ratio"]
+    alone = assignment.measure(rule, priors, objects, None, CPU, patience=0)
+    assert (alone["bytes"], alone["same"], alone["dense_seconds"]) == (result["bytes"], None, None)
+
+
+def test_a_wrong_assigner_is_found_out() -> None:
+    _, rule, kind = assignment.CASES[1]
+    priors, objects = assignment.make_priors(kind, (128, 160), CPU), random_objects(1, 5, (128, 160))
+
+    def wrong(rule, priors, objects) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        return torch.zeros(1, len(priors), dtype=torch.long)
+
+    assert assignment.measure(rule, priors, objects, wrong, CPU, patience=0)["same"] is False
+
+
+def test_target_of_assignment_is_one_size_and_count() -> None:
+    case = {"rule": "ATSS", "height": 800, "width": 1333, "images": 1, "objects": 1000}
+    numbers = {"speed_up": 11.0, "memory_ratio": 19.0, "same": True}
+    assert [target.met for target in assignment._targets(case | numbers)] == [True, False, True]
+    assert assignment._targets(case | numbers | {"objects": 100}) == []
+    assert assignment._targets(case | numbers | {"same": None}) == []
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_so_many_candidates_pass_the_threshold(name: str) -> None:
+    torch.manual_seed(0)
+    method = methods("resnet18", 32)[name]
+    model = method.model.build(NUM_CLASSES).eval()
+    images = random_images(2, 128)
+    with torch.inference_mode():
+        inference.prepare_ours(model, images)
+        scores = model(images).class_logits.sigmoid()
+    assert int((scores > inference.THRESHOLD).sum()) == pytest.approx(2 * inference.CANDIDATES, rel=0.05)
+
+
+def test_all_sides_of_a_train_step_run() -> None:
+    times = train_step.compare(methods("resnet18", 32)["FCOS"], CPU, side=64, turns=1)
+    assert set(times.seconds) == {"ours", "bare", "peer"}
+
+
+def test_all_sides_of_inference_run() -> None:
+    times, found = inference.compare(methods("resnet18", 32)["RetinaNet"], CPU, side=64, turns=1)
+    assert set(times.seconds) == {"ours", "network", "peer"}
+    assert min(found) > 0
+
+
+def test_evaluation_gives_the_numbers_of_pycocotools() -> None:
+    table = scoring.run(CPU, quick=True)
+    assert table.numbers["ours"] == table.numbers["pycocotools"]
+    assert 0.1 < table.numbers["ours"]["AP"] < 0.9
+    assert min(table.numbers["ours"].values()) > 0
+
+
+def test_generated_images_are_as_large_as_photographs(tmp_path: Path) -> None:
+    data = loading.make_images(tmp_path, 2)
+    assert data[0].image.shape == (480, 640, 3)
+    assert len(data[1].boxes) == loading.OBJECTS
+    assert 80_000 < data.index.image_path(0).stat().st_size < 200_000
+
+
+def test_update_replaces_sections_and_keeps_the_rest() -> None:
+    old = "# Benchmarks\n\nProse.\n\n## A\n\nold\n\n### still A\n\n## B\n\nkept\n"
+    new = update(old, {"A": "## A\n\nnew\n", "C": "## C\n\nadded\n"})
+    assert new == "# Benchmarks\n\nProse.\n\n## A\n\nnew\n\n## B\n\nkept\n\n## C\n\nadded\n"
+    assert update(new, {"A": "## A\n\nnew\n"}) == new
+    assert update("", {"A": "## A\n\nnew\n"}) == "## A\n\nnew\n"
+
+
+def test_a_table_says_whether_targets_are_met() -> None:
+    targets = [Target("share", 0.5, 0.75, at_most=True), Target("speed", 9, 10, at_most=False, unit=" x")]
+    text = Table("T", "How.", ("a", "b"), [("1", "2")], targets).markdown("a machine")
+    assert text.startswith("## T\n\nHow.\n\nMachine: a machine.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n")
+    assert "- share: 0.5 (at most 0.75: met)" in text
+    assert "- speed: 9 x (at least 10 x: MISSED)" in text
+
+
+def test_command_writes_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["load", "--quick", "--json", str(tmp_path / "out.json")]) == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert set(content) == {"machine", "quick", "load"}
+    assert len(content["load"]["numbers"]["seconds"]["bare"]) == 2
+    assert content["load"]["targets"] == []
+    assert "## Data loading" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], "'speed': expected one or several of train, infer, assign, load, evaluate, or all"),
+        (["--threads", "0"], "--threads: expected at least 1"),
+        (["--quick", "--markdown", "x.md"], "--markdown: the times of a --quick run say nothing"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

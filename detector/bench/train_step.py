@@ -16,9 +16,10 @@ MOST_OVERHEAD, MOST_OF_PEER = 0.08, 0.85
 METHOD = (
     "ResNet-50, FPN and full-size head (80 classes, 256 channels, 4 convolutions), all layers trained with batch norm;"
     " batch of {batch}, {side}x{side}, {objects} objects an image, float32.  Ours: uint8 images to losses to gradients."
-    "  Bare: forward and backward of the same backbone, neck and head from normalised images, with the gradient of the sum of all"
-    " outputs as loss.  torchvision: its detector as it is built by default, from float images (their conversion is not"
-    " counted), with the same layers and norms; its FCOS stands beside our ATSS, whose network is the same.  The"
+    "  Bare: forward and backward of the same backbone, neck and head from normalised images, with the gradient of"
+    " the sum of all outputs as loss.  torchvision: its detector as it is built by default, from float images (their"
+    " conversion is not counted), with the same layers and norms; its FCOS stands beside our ATSS, whose network is"
+    " the same.  The"
     " optimiser's step is left out everywhere.  In turns, {turns} of them after one of warm-up; ratios are medians over"
     " the turns, in brackets their quartiles."
 )

@@ -40,6 +40,7 @@ class Assigner(Node):
     """
 
     uses_predictions: ClassVar[bool] = False  # False: labels can be made, cached and drawn without a model
+    takes_proposals: ClassVar[bool] = False  # `assign` knows priors that differ by image; if not, images go one by one
 
     crowd_coverage: float = Field(
         default=0.5, ge=0, le=1
@@ -48,8 +49,8 @@ class Assigner(Node):
     def __call__(self, priors: Priors, objects: Objects, predictions: Predictions | None = None) -> Assignment:
         """Assign a whole batch.
 
-        priors: R priors, the same for all images.  objects: N objects of B images.  predictions: logits (B, R, K) and
-        boxes (B, R, 4) in any float type, needed where `uses_predictions`.
+        priors: R priors, the same for all images, or each image's own.  objects: N objects of B images.  predictions:
+        logits (B, R, K) and boxes (B, R, 4) in any float type, needed where `uses_predictions`.
 
         Raises ValueError where shapes, types or devices do not fit together.  Values are checked without waiting for
         the device (`torch._assert_async`): NaN predictions, and boxes that are not x1 y1 x2 y2, raise RuntimeError at
@@ -58,7 +59,9 @@ class Assigner(Node):
         _check(priors, objects, predictions, self)
         with torch.no_grad(), _full_precision(priors.boxes.device):
             if len(objects):
-                found = self.assign(priors, objects, None if predictions is None else _to_float(predictions))
+                floats = None if predictions is None else _to_float(predictions)
+                one_by_one = priors.per_image and not self.takes_proposals
+                found = (self._assign_images if one_by_one else self.assign)(priors, objects, floats)
             else:
                 found = nothing(priors, objects)
             ignored = found.ignored
@@ -72,15 +75,18 @@ class Assigner(Node):
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         """The whole batch, N > 0; predictions are finite float32.  Unless overridden: one image after the other."""
+        return self._assign_images(priors, objects, predictions)
+
+    def _assign_images(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         parts = []
         for i in range(objects.batch_size):
             mine = (objects.image == i).nonzero().squeeze(1)
             if not len(mine):
                 parts.append(nothing(priors, objects.select_image(i)))
                 continue
-            one = self.assign_image(
-                priors, objects.select_image(i), None if predictions is None else predictions.select_image(i)
-            )
+            said = None if predictions is None else predictions.select_image(i)
+            single = self.assign_image if type(self).assign is Assigner.assign else self.assign
+            one = single(priors.select_image(i), objects.select_image(i), said)
             parts.append(replace(one, prior=one.prior + i * len(priors), object=mine[one.object]))
         weights = [one.background_weight for one in parts]
         full = next((w for w in weights if w is not None), None)
@@ -136,9 +142,10 @@ def nothing(priors: Priors, objects: Objects) -> Assignment:
 def crowded(priors: Priors, objects: Objects, coverage: float) -> Tensor:
     """(B, R) bool: more than `coverage` of the prior's own area lies in one crowd region of its image."""
     found = torch.zeros(objects.batch_size, len(priors), dtype=torch.uint8, device=priors.boxes.device)
-    low, high = priors.boxes[:, :2], priors.boxes[:, 2:]
-    own = (high - low).prod(1)
     for part in chunks(len(objects.ignore), len(priors)):
+        boxes = priors.boxes[objects.ignore_image[part]] if priors.per_image else priors.boxes
+        low, high = boxes[..., :2], boxes[..., 2:]
+        own = (high - low).prod(-1)
         region = objects.ignore[part, None]
         shared = torch.minimum(high, region[..., 2:]) - torch.maximum(low, region[..., :2])
         covered = shared.clamp(min=0).prod(-1) > coverage * own
@@ -188,7 +195,7 @@ def _to_float(predictions: Predictions) -> Predictions:
 def _check(priors: Priors, objects: Objects, predictions: Predictions | None, rule: Assigner) -> None:
     count, images, who = len(priors), objects.batch_size, type(rule).__name__
     expected: list[tuple[str, Tensor, tuple[int | None, ...], torch.dtype | None]] = [
-        ("priors.boxes", priors.boxes, (None, 4), torch.float32),
+        ("priors.boxes", priors.boxes, (images, None, 4) if priors.per_image else (None, 4), torch.float32),
         ("priors.stride", priors.stride, (count,), torch.float32),
         ("objects.boxes", objects.boxes, (None, 4), torch.float32),
         ("objects.labels", objects.labels, (len(objects),), torch.int64),
@@ -226,7 +233,7 @@ def _check(priors: Priors, objects: Objects, predictions: Predictions | None, ru
 def _check_values(priors: Priors, objects: Objects, predictions: Predictions | None) -> None:
     """Without waiting for the device."""
     for name, boxes in (("priors", priors.boxes), ("objects", objects.boxes)):
-        torch._assert_async((boxes[:, 2:] >= boxes[:, :2]).all(), f"{name}.boxes are not x1 y1 x2 y2 (or hold NaN)")
+        torch._assert_async((boxes[..., 2:] >= boxes[..., :2]).all(), f"{name}.boxes are not x1 y1 x2 y2 (or hold NaN)")
     if predictions is not None:
         nan = predictions.class_logits.isnan().any() | predictions.boxes.isnan().any()
         if predictions.quality_logits is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class DenseHeadConfig(Node):
     shared_tower: bool = Field(False, description="one tower for classes and boxes: light")
     level_scale: bool = Field(False, description="a learnt factor for the raw boxes of each level (FCOS)")
     quality: bool = Field(False, description="predict a centerness or IoU from the box tower")
+    predict_kernel: Literal[1, 3] = Field(3, description="side of the convolutions that predict: 1 in an RPN")
     prior_probability: float = Field(0.01, gt=0, lt=1, description="class score of every prior before training")
 
     def build(self, in_channels: int, strides: Sequence[int], num_classes: int) -> DenseHead:
@@ -92,7 +94,7 @@ class DenseHead(nn.Module):
         width = config.channels if config.convs else in_channels
 
         def predict(numbers: int) -> nn.Module:
-            return conv2d(width, config.priors.per_cell * numbers, 3, kind=config.conv)
+            return conv2d(width, config.priors.per_cell * numbers, config.predict_kernel, kind=config.conv)
 
         self.class_tower = Tower(in_channels, config, len(strides))
         self.box_tower = None if config.shared_tower else Tower(in_channels, config, len(strides))

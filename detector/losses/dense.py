@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 class DenseCriterionConfig(Node):
     """Which losses, how weighted, divided by what."""
 
+    type: Literal["dense"] = "dense"
     classification: AnyClassLoss = Focal()
     box: AnyBoxLoss = Giou(weight=2.0)
     quality: AnyQualityLoss | None = Field(None, description="loss of the head's quality branch; null: it has none")

@@ -54,7 +54,7 @@ class DenseDetector(nn.Module):
         self.memory_format = torch.channels_last
         return self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, objects: Objects | None = None) -> Outputs:
-        """`objects` are for models whose forward pass depends on the truth; this one does without."""
+    def forward(self, images: Tensor, objects: Objects | None = None, sizes: Tensor | None = None) -> Outputs:
+        """`objects` and `sizes` are for models whose forward pass depends on the truth, or on where images end."""
         images = images.contiguous(memory_format=self.memory_format).to(self.scale.dtype)
         return self.head(self.neck(self.backbone(torch.addcmul(self.shift, images, self.scale))))

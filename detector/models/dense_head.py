@@ -37,6 +37,7 @@ class DenseHeadConfig(Node):
     channels: int = Field(256, ge=1)
     norm: NormKind = Field("group", description="batch: each level has its own statistics, see TowerLayer")
     conv: ConvKind = Field("plain", description="separable: light 3 x 3 convolutions, the predicting ones included")
+    tower_bias: bool = Field(False, description="a bias before a norm too, as torchvision's FCOS has it")
     shared_tower: bool = Field(False, description="one tower for classes and boxes: light")
     level_scale: bool = Field(False, description="a learnt factor for the raw boxes of each level (FCOS)")
     quality: bool = Field(False, description="predict a centerness or IoU from the box tower")
@@ -57,7 +58,7 @@ class TowerLayer(nn.Module):
 
     def __init__(self, in_channels: int, config: DenseHeadConfig, levels: int) -> None:
         super().__init__()
-        bias = config.norm == "none"
+        bias = config.norm == "none" or config.tower_bias
         # One, or, once batch norms were folded into it, one for each level; so are the norms.
         self.convs = nn.ModuleList([conv2d(in_channels, config.channels, 3, kind=config.conv, bias=bias)])
         norms = levels if config.norm == "batch" else 1

@@ -47,14 +47,10 @@ class DenseDetector(nn.Module):
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
         self.register_buffer("scale", (1 / std)[:, None, None], persistent=False)
         self.register_buffer("shift", (-mean / std)[:, None, None], persistent=False)
-        self.memory_format = torch.contiguous_format
-
-    def channels_last(self) -> DenseDetector:
-        """From now on in channels_last: on CPU about a tenth faster for inference, as much slower for training."""
-        self.memory_format = torch.channels_last
-        return self.to(memory_format=torch.channels_last)
+        # The order that convolutions are fastest in: on GPUs in half precision, on CPUs with AVX-512.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, objects: Objects | None = None) -> Outputs:
         """`objects` are for models whose forward pass depends on the truth; this one does without."""
-        images = images.contiguous(memory_format=self.memory_format).to(self.scale.dtype)
+        images = images.contiguous(memory_format=torch.channels_last).to(self.scale.dtype)
         return self.head(self.neck(self.backbone(torch.addcmul(self.shift, images, self.scale))))

@@ -45,7 +45,7 @@ def keep_one(
     best, has = _best_pairs(found, len(objects))
     taken = torch.zeros(total + 1, dtype=torch.bool, device=prior.device)  # one place more, for nobody's
     taken.scatter_(0, best, True)
-    taken[total] = False
+    taken[total:].fill_(False)
     one = torch.arange(len(objects), device=prior.device)
     mine = torch.full_like(one, total)  # where each object's new prior is; `total`: nowhere
     quality = torch.zeros_like(iou[:, 0])
@@ -61,10 +61,10 @@ def keep_one(
         won = ask & (index_of(winner[wish]) == one)
         mine, quality, has = torch.where(won, wish, mine), torch.where(won, value, quality), has | won
         taken.scatter_(0, wish.where(won, total), True)
-        taken[total] = False
+        taken[total:].fill_(False)
     new = mine < total
     robbed = torch.zeros_like(taken).scatter_(0, mine, True)
-    robbed[total] = False
+    robbed[total:].fill_(False)
     kept = ~robbed[found.prior]
     weight = new.float()
     return replace(

@@ -66,7 +66,7 @@ class Ota(Assigner):
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None
         background = over_classes(predictions, lambda x, _: self._focal(x)[1], torch.float64)
-        table = self._table(priors, objects, predictions, background)
+        table = self.table(priors, objects, predictions, background)
         score, limit = self.plan(table, background, objects)
         owners = Owners(priors, objects, table.prior.shape[1], torch.float64)
         owners.offer(slice(0, len(objects)), table.prior, score, table.valid)
@@ -104,7 +104,8 @@ class Ota(Assigner):
         rest = (v - background) / self.eps
         return flow - flow.amax(1, keepdim=True), rest - rest.amax(1, keepdim=True)
 
-    def _table(self, priors: Priors, objects: Objects, predictions: Predictions, background: Tensor) -> Table:
+    def table(self, priors: Priors, objects: Objects, predictions: Predictions, background: Tensor) -> Table:
+        """The priors in reach of each object, and what they cost; background: (B, R) float64 cost."""
         find, each = self._reach(priors)
         boxes, parts = predictions.boxes.reshape(-1, 4), []
         for part in chunks(len(objects), each):

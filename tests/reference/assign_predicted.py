@@ -102,10 +102,14 @@ def task_aligned(rule: TaskAligned, priors: Priors, objects: Objects, said: Pred
     if said.quality_logits is not None:
         score = (score * said.quality_logits[0, :, None].sigmoid()).sqrt()
     aligned = score[:, objects.labels] ** rule.alpha * iou**rule.beta
-    top = torch.zeros_like(iou, dtype=torch.bool)
-    for j in range(len(objects)):
-        top[aligned[:, j].sort(stable=True, descending=True).indices[: rule.topk], j] = True
-    mask = top & (aligned > 0) & inside_of(priors, objects, rule.center_margin)
+    k = min(rule.topk, len(aligned))
+    least = aligned.topk(k, 0).values[-1]
+    above, tied = aligned > least, aligned == least  # of those that are equal, the first
+    mask = (
+        (above | (tied & (tied.cumsum(0) <= k - above.sum(0))))
+        & (aligned > 0)
+        & inside_of(priors, objects, rule.center_margin)
+    )
     best = first_of((-iou).masked_fill(~mask, torch.inf), -1)
     mask &= F.one_hot(best, len(objects)).bool()
     target = aligned / ((aligned * mask).amax(0) + 1e-7) * (iou * mask).amax(0)

@@ -19,11 +19,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from detector.assign.base import Assigner, chunks
 from detector.assign.order import LAST, index_of, keys, tier_of
-from detector.assign.predicted import AllPairs, over_classes, scores
+from detector.assign.predicted import AllPairs, log_or_floor, over_classes, scores, softplus
 from detector.boxes import pairwise_iou
 from detector.structures import Assignment, Objects, Predictions, Priors
 
@@ -120,11 +119,11 @@ class SimOta(Assigner):
             return pairs.inside(part) | pairs.near(part, self.center_radius)
 
         def background(logits: Tensor, quality_logits: Tensor | None) -> Tensor:
-            return -self.class_weight * _floored(torch.log1p(-scores(logits, quality_logits)))
+            return -self.class_weight * log_or_floor(1 - scores(logits, quality_logits))
 
         def cost(part: slice, iou: Tensor) -> tuple[Tensor, Tensor]:
             score = scores(pairs.own_logits(part), None if quality is None else quality[objects.image[part]])
-            own = _floored(torch.log1p(-score)) - _floored(score.log())
+            own = log_or_floor(1 - score) - log_or_floor(score)
             outer = ~(pairs.inside(part) & pairs.near(part, self.center_radius))
             return self.class_weight * own - self.iou_weight * (iou + EPS).log(), outer
 
@@ -178,8 +177,3 @@ class DynamicSoftLabel(Assigner):
             cost=cost,
             topk=self.topk,
         )
-
-
-def _floored(log_probability: Tensor) -> Tensor:
-    """As in torch's cross-entropy of probabilities."""
-    return log_probability.clamp(min=-100)

@@ -18,11 +18,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from detector.assign.base import Assigner, chunks, from_index
 from detector.assign.geometry import Owners, cells_near, kinds, windows
-from detector.assign.predicted import over_classes
+from detector.assign.predicted import over_classes, softplus
 from detector.boxes import pairwise_iou
 from detector.structures import BACKGROUND, Assignment, Objects, Predictions, Priors
 

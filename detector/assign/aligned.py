@@ -23,10 +23,11 @@ EPS = 1e-7  # added to the divisor
 class TaskAligned(Assigner):
     """Positive are the `topk` priors of each object where class score and box together fit it best, if inside it.
 
-    The alignment is t = score^alpha * IoU^beta; the score is that of the object's class, with a quality
-    branch the geometric mean of both probabilities.  All priors of the image compete, those outside the object too;
-    what is outside, or has t = 0, is dropped afterwards, as in the authors' code.  A prior wanted by several goes to
-    the highest IoU.  The class target is t scaled such that an object's best pair has the object's best IoU: t / (max t + 1e-7) * max IoU over the object's pairs.
+    The alignment is t = score^alpha * IoU^beta; the score is that of the object's class, with a quality branch the
+    geometric mean of both probabilities.  All priors of the image compete, those outside the object too; what is
+    outside, or has t = 0, is dropped afterwards, as in the authors' code.  A prior wanted by several goes to the
+    highest IoU.  The class target is t scaled such that an object's best pair has the object's best IoU:
+    t / (max t + 1e-7) * max IoU over the object's pairs.
 
     Ties: of equally aligned priors the first, of equal IoUs the first object.
     """

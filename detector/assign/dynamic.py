@@ -52,17 +52,16 @@ def cheapest_priors(
     cheapest = torch.full((images, count), LAST, device=background.device)
     asked, wanted = [], []
     for part in chunks(len(objects), count):
-        image = objects.image[part]
-        iou, among = pairs.iou(part), candidate[image]
+        iou, among = pairs.iou(part), pairs.of_image(candidate, part)
         own, late = cost(part, iou)
         tier = torch.where(among, PLAIN if late is None else late.long(), NEVER)
-        key = keys(own + background[image], tier)
+        key = keys(own + pairs.of_image(background, part), tier)
         best = (key | every).topk(topk, 1, largest=False).values  # sorted
         number = iou.where(among, 0).topk(topk, 1).values.sum(1).int().clamp(min=1)
         asked.append(index_of(best))
         wanted.append((rank < number[:, None]) & (tier_of(best) < NEVER))
         owner = torch.arange(part.start, part.stop, device=key.device)[:, None]
-        cheapest.scatter_reduce_(0, image[:, None].expand_as(key), key | owner, "amin")
+        cheapest.scatter_reduce_(0, objects.image[part, None].expand_as(key), key | owner, "amin")
     prior = torch.cat(asked) + objects.image[:, None] * count
     mine = torch.arange(len(objects), device=prior.device)[:, None].expand_as(prior)
     return _settle(
@@ -113,7 +112,7 @@ class SimOta(Assigner):
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None
-        pairs, quality = AllPairs(priors, objects, predictions), predictions.quality_logits
+        pairs = AllPairs(priors, objects, predictions)
 
         def may(part: slice) -> Tensor:
             return pairs.inside(part) | pairs.near(part, self.center_radius)
@@ -122,7 +121,7 @@ class SimOta(Assigner):
             return -self.class_weight * log_or_floor(1 - scores(logits, quality_logits))
 
         def cost(part: slice, iou: Tensor) -> tuple[Tensor, Tensor]:
-            score = scores(pairs.own_logits(part), None if quality is None else quality[objects.image[part]])
+            score = pairs.own_scores(part)
             own = log_or_floor(1 - score) - log_or_floor(score)
             outer = ~(pairs.inside(part) & pairs.near(part, self.center_radius))
             return self.class_weight * own - self.iou_weight * (iou + EPS).log(), outer

@@ -6,11 +6,37 @@ from typing import Annotated
 
 from pydantic import Field
 
+from detector.assign.aligned import TaskAligned
 from detector.assign.atss import Atss
 from detector.assign.base import Assigner, from_index
+from detector.assign.dynamic import DynamicSoftLabel, SimOta
+from detector.assign.hungarian import Hungarian
 from detector.assign.overlap import MaxIou
 from detector.assign.points import Fcos
+from detector.assign.schedule import Anneal, Switch
+from detector.assign.transport import Ota
 
-Rule = Annotated[MaxIou | Fcos | Atss, Field(discriminator="type")]
+Constant = MaxIou | Fcos | Atss | SimOta | TaskAligned | DynamicSoftLabel | Ota | Hungarian
 
-__all__ = ["Assigner", "Atss", "Fcos", "MaxIou", "Rule", "from_index"]
+ConstantRule = Annotated[Constant, Field(discriminator="type")]
+GlidingRule = Annotated[Constant | Anneal, Field(discriminator="type")]
+Rule = Annotated[Constant | Anneal | Switch, Field(discriminator="type")]
+
+Anneal.model_rebuild(_types_namespace={"ConstantRule": ConstantRule})
+Switch.model_rebuild(_types_namespace={"GlidingRule": GlidingRule})
+
+__all__ = [
+    "Anneal",
+    "Assigner",
+    "Atss",
+    "DynamicSoftLabel",
+    "Fcos",
+    "Hungarian",
+    "MaxIou",
+    "Ota",
+    "Rule",
+    "SimOta",
+    "Switch",
+    "TaskAligned",
+    "from_index",
+]

@@ -57,10 +57,8 @@ class Assigner(Node):
         """
         _check(priors, objects, predictions, self)
         with torch.no_grad(), _full_precision(priors.boxes.device):
-            if len(objects):
-                found = self.assign(priors, objects, None if predictions is None else _to_float(predictions))
-            else:
-                found = nothing(priors, objects)
+            said = None if predictions is None else _to_float(predictions)
+            found = (self.assign if len(objects) else self.without_objects)(priors, objects, said)
             ignored = found.ignored
             if len(objects.ignore):
                 ignored = ignored | crowded(priors, objects, self.crowd_coverage)
@@ -76,7 +74,8 @@ class Assigner(Node):
         for i in range(objects.batch_size):
             mine = (objects.image == i).nonzero().squeeze(1)
             if not len(mine):
-                parts.append(nothing(priors, objects.select_image(i)))
+                said = None if predictions is None else predictions.select_image(i)
+                parts.append(self.without_objects(priors, objects.select_image(i), said))
                 continue
             one = self.assign_image(
                 priors, objects.select_image(i), None if predictions is None else predictions.select_image(i)
@@ -95,6 +94,10 @@ class Assigner(Node):
             if full is None
             else torch.cat([torch.ones_like(full) if w is None else w for w in weights]),
         )
+
+    def without_objects(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
+        """A batch in which nothing is to be found; a rule that weighs the background of such images says so here."""
+        return nothing(priors, objects)
 
     def assign_image(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         """One image with at least one object, as a batch of one; for rules where speed does not matter."""

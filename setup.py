@@ -28,6 +28,7 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4",
+        "scipy>=1.11",
         "tensorboard>=2.17",
         "timm>=1.0.15,<2",
         "torch>=2.6",

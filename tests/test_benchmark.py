@@ -13,6 +13,7 @@ from detector.bench.document import update
 from detector.bench.measure import Table, Target, Times, peak_bytes, take_turns
 from detector.bench.networks import NUM_CLASSES, methods, random_images, random_objects
 from detector.cli.benchmark import main
+from detector.models.priors import Points
 
 CPU = torch.device("cpu")
 
@@ -61,6 +62,21 @@ def test_assigners_equal_the_dense_version(name: str, rule, kind) -> None:  # ty
     assert result["dense_bytes"] / result["bytes"] == result["memory_ratio"]
     alone = assignment.measure(rule, priors, objects, None, CPU, patience=0)
     assert (alone["bytes"], alone["same"], alone["dense_seconds"]) == (result["bytes"], None, None)
+
+
+@pytest.mark.parametrize(("name", "rule", "by_class"), assignment.PREDICTED_CASES)
+def test_rules_that_look_at_predictions_equal_the_dense_version(name: str, rule, by_class) -> None:  # type: ignore[no-untyped-def]
+    priors = assignment.make_priors(Points(), (128, 160), CPU)
+    objects, said = random_objects(2, 5, (128, 160)), assignment.random_predictions(priors, 2)
+    dense = assignment.load_dense("assign_predicted", "dense_predicted")
+    result = assignment.measure(rule, priors, objects, dense, CPU, 0, said)
+    assert result["same"] is True, name
+    index, quality = dense(rule, priors, objects, said)  # type: ignore[misc]
+    assert (index >= 0).any()
+    found = rule(priors, objects, said)
+    assert assignment._same(found, (index, quality))
+    assert not assignment._same(found, (index, quality + 0.001))
+    assert not assignment._same(found, (index.roll(1), quality))
 
 
 def test_a_wrong_assigner_is_found_out() -> None:

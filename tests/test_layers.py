@@ -20,6 +20,7 @@ LAYERS = (
         "detector.canvas",
         "detector.config.node",
         "detector.config.yaml",
+        "detector.train.length",
     ),
     ("detector.boxes", "detector.coders", "detector.structures"),
     ("detector.data", "detector.models", "detector.assign"),

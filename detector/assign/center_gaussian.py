@@ -6,7 +6,7 @@ A shapes of a cell, B images, R priors of one image, K classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +32,7 @@ class CenterGaussian(Assigner):
     """
 
     type: Literal["center_gaussian"] = "center_gaussian"
+    shares: ClassVar[bool] = True
     min_iou: float = Field(0.3, gt=0, lt=1, description="of a box at the Gaussian's edge; 0.3 in CenterNet's code")
     power: float = Field(4.0, ge=0, description="of 1 - h: how fast negatives weaken towards a centre")
     scale: float = Field(4.0, gt=0, description="least side of an object in strides of its level; idle with one level")
@@ -64,6 +65,7 @@ class CenterGaussian(Assigner):
             weight=weight,
             ignored=torch.zeros(objects.batch_size, len(priors), dtype=torch.bool, device=device),
             background_weight=self._background(priors, objects, size, level, home.cell, home.exists, classes),
+            modulated=False,
         )
 
     def _background(

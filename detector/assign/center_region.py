@@ -61,7 +61,7 @@ class CenterRegion(Assigner):
             weight.scatter_reduce_(0, row[part, None].expand_as(shadow), (~shadow).float(), "amin")
         mine = by_rank[owner.where(owner.isfinite(), 0).long()]
         found = from_index(torch.where(owner.isfinite(), mine, BACKGROUND))
-        return replace(found, background_weight=per_prior(weight, objects.batch_size).contiguous())
+        return replace(found, background_weight=per_prior(weight, objects.batch_size).contiguous(), modulated=False)
 
     def _within(self, priors: Priors, boxes: Tensor, side: float, centered: bool) -> Tensor:
         """(n, R) bool: is the prior in the object (n, 4) shrunk to `side` (its centre in the object, if `centered`)?"""

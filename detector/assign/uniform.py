@@ -33,6 +33,7 @@ class Uniform(Assigner):
 
     type: Literal["uniform"] = "uniform"
     uses_predictions: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
     topk: int = Field(4, ge=1, description="anchors, and predictions, that an object takes")
     min_anchor_iou: float = Field(0.15, ge=0, le=1, description="of anchor and object, from which a pair counts")
     ignore_prediction_iou: float = Field(0.7, ge=0, le=1, description="beyond it an anchor is no background")

@@ -32,9 +32,9 @@ class DualWeight(Assigner):
     and s^2 everywhere else.  The exponent nu of the sum and GIoU instead of IoU are the authors' code's.
 
     How it is said here: a pair of positive weight p and negative weight q has weight p + q and quality p / (p + q), so
-    that binary cross-entropy with that target is both terms at once, and weight times quality is p, which is what the
-    box loss should be weighted by.  Negative weights are `background_weight`, which holds the squared score: the class
-    loss must have no focal factor of its own (`criterion.classification: {type: bce}`).
+    that binary cross-entropy with that target is both terms at once, and weight times quality is p, by which the box
+    loss is to be weighted (`criterion.box_weighting: assignment`).  Negative weights are `background_weight`, which
+    holds the squared score: so `modulated` is set, and the class loss has no focal factor of its own.
 
     Of an object only the `most` priors of highest positive weight become pairs (of equals the first), since an object
     of half the image has thousands, nearly all of weight 0; the sum counts all.  Where several objects of one class
@@ -43,6 +43,8 @@ class DualWeight(Assigner):
 
     type: Literal["dw"] = "dw"
     uses_predictions: ClassVar[bool] = True
+    soft_quality: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
     most: int = Field(256, ge=1, description="pairs of an object; all of its priors take part in the sum")
     sigma: float = Field(1.11, gt=0, description="strides: width of the preference for the centre")
     beta: float = Field(5.0, ge=0, description="how much the box counts in what a prior is worth")
@@ -84,11 +86,13 @@ class DualWeight(Assigner):
             weight=both,
             ignored=torch.zeros(objects.batch_size, count, dtype=torch.bool, device=prior.device),
             background_weight=background,
+            modulated=True,
         )
 
     def without_objects(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None
-        return replace(nothing(priors, objects), background_weight=_score(predictions).pow_(self.score_power))
+        weight = _score(predictions).pow_(self.score_power)
+        return replace(nothing(priors, objects), background_weight=weight, modulated=True)
 
     def positive(self, score: Tensor, giou: Tensor, center: Tensor) -> Tensor:
         """(n, R) weights; `center` is 0 for priors that are not in the object."""

@@ -6,7 +6,7 @@ Legend: N objects, S kinds of priors (a shape on a level), B images, R priors of
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class YoloRatio(Assigner):
     """
 
     type: Literal["yolo_ratio"] = "yolo_ratio"
+    shares: ClassVar[bool] = True
     ratio: float = Field(4.0, gt=1, description="of prior to object, in width and height; at or beyond it is unlike")
     reach: float = Field(0.5, ge=0, le=0.5, description="cells from a border within which the cell beyond takes part")
 

@@ -25,7 +25,7 @@ from detector.train.pictures import draw_first_batch
 from detector.train.random import seed_step, set_determinism
 from detector.train.signals import StopRequest
 from detector.train.state import TrainingState
-from detector.train.step import Stepper, set_lr
+from detector.train.step import Stepper, set_assigner, set_lr
 from detector.train.validation import Interrupted, Validation
 
 
@@ -68,7 +68,7 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
     val = config.data.open("val", data.index.classes)
     horizon = Horizon(settings.length.count(len(data), settings.batch_size), len(data), settings.batch_size)
     state = TrainingState.build(config, data.index, device, load_weights=saved is None)
-    notes = settings.schedule.notes(horizon)
+    notes = settings.schedule.notes(horizon) + config.assigner.notes(horizon)
     if saved is not None:
         notes += state.restore(saved, files.last)
         files.truncate_metrics(state.step)
@@ -139,6 +139,7 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
                 parts = [next(batches) for _ in range(settings.accumulate)]
                 ids = torch.cat([part.ids for part in parts])
                 parts = [part.to(device) for part in parts]
+                set_assigner(state.module, config.assigner.at(state.step, horizon))
                 if state.step == 0:
                     draw_first_batch(files, state.module, parts[0], data.index.classes)
                     log.restart()

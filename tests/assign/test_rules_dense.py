@@ -173,3 +173,19 @@ def test_classes_come_from_the_setting_or_the_head(rule: Assigner) -> None:
         told(priors, objects, said(priors, objects, classes=4))
     with pytest.raises(RuntimeError, match="label beyond the 1 classes"):
         type(rule)(num_classes=1)(priors, replace(objects))
+
+
+def test_rules_that_weigh_the_background_say_what_their_weights_hold() -> None:
+    """DW's hold the focal factor, also in images without objects; geometric ones do not."""
+    priors = pyramid((64, 64))
+    for objects in (batch([[4.0, 4, 40, 40]]), batch([])):
+        predictions = said(priors, objects)
+        found = DualWeight()(priors, objects, predictions)
+        assert found.modulated
+        assert found.background_weight is not None
+        score = predictions.class_logits.sigmoid() * predictions.quality_logits.sigmoid()[..., None]
+        torch.testing.assert_close(found.background_weight[..., 1:], score[..., 1:] ** 2)
+    for rule in (CenterGaussian(), CenterRegion()):
+        assert rule(priors, batch([[4.0, 4, 40, 40]]), predictions).modulated is False
+        assert rule(priors, batch([]), predictions).modulated is None
+    assert YoloRatio()(priors, batch([[4.0, 4, 40, 40]])).modulated is None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
@@ -297,39 +298,34 @@ def paa(rule: Paa, priors: Priors, image: Image) -> Answer:
     return Answer(torch.cat(found), objects)
 
 
-def good_part(x: list[float], iterations: int, tolerance: float) -> list[int]:
-    """Indices of the positives among rising losses: two Gaussians by expectation maximisation, in plain Python."""
-    mean, variance, share = [min(x), max(x)], [1.0, 1.0], [0.5, 0.5]
+def good_part(losses: list[float], iterations: int, tolerance: float) -> list[int]:
+    """Indices of the positives among rising losses: two Gaussians by expectation maximisation, one object alone."""
+    x = np.array(losses)[:, None]
+    mean, variance, share = np.array([losses[0], losses[-1]]), np.ones(2), np.full(2, 0.5)
 
-    def parts(value: float) -> list[float]:
-        return [
-            math.log(share[i]) - 0.5 * math.log(2 * math.pi * variance[i]) - 0.5 * (value - mean[i]) ** 2 / variance[i]
-            for i in (0, 1)
-        ]
-
-    def together(both: list[float]) -> float:
-        top = max(both)
-        return top + math.log(sum(math.exp(b - top) for b in both))
+    def parts() -> Any:
+        return np.log(share) - 0.5 * np.log(2 * np.pi * variance) - 0.5 * (x - mean) ** 2 / variance
 
     before = -math.inf
     for _ in range(iterations):
-        each = [parts(value) for value in x]
-        fit = sum(together(both) for both in each) / len(x)
-        belongs = [[math.exp(b - together(both)) for b in both] for both in each]
-        for i in (0, 1):
-            total = sum(b[i] for b in belongs) + 1e-12
-            mean[i] = sum(b[i] * value for b, value in zip(belongs, x, strict=True)) / total
-            spread = sum(b[i] * (value - mean[i]) ** 2 for b, value in zip(belongs, x, strict=True))
-            variance[i], share[i] = spread / total + 1e-6, total / len(x)
-        if abs(fit - before) < tolerance:
+        each = parts()
+        density = np.logaddexp(each[:, 0], each[:, 1])
+        belongs = np.exp(each - density[:, None])
+        total = belongs.sum(0) + 1e-12
+        mean = (belongs * x).sum(0) / total
+        variance = (belongs * (x - mean) ** 2).sum(0) / total + 1e-6
+        share = total / len(x)
+        if abs(density.mean() - before) < tolerance:
             break
-        before = fit
-    good = [i for i, value in enumerate(x) if parts(value)[0] >= parts(value)[1]]
+        before = density.mean()
+    each = parts()
+    density = np.logaddexp(each[:, 0], each[:, 1])
+    good = [i for i in range(len(x)) if each[i, 0] >= each[i, 1]]
     if not good:
         return []
-    density = {i: together(parts(x[i])) for i in good}
-    last = max(i for i in good if density[i] >= max(density.values()) - 1e-6)
-    return [i for i in good if x[i] <= x[last]]
+    highest = max(density[i] for i in good)
+    last = max(i for i in good if density[i] >= highest - 1e-6)
+    return [i for i in good if losses[i] <= losses[last]]
 
 
 def dual_weight(rule: DualWeight, priors: Priors, image: Image) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,24 @@ def test_rules_that_look_at_predictions_equal_the_dense_version(name: str, rule,
     assert assignment._same(found, (index, quality))
     assert not assignment._same(found, (index, quality + 0.001))
     assert not assignment._same(found, (index.roll(1), quality))
+
+
+@pytest.mark.parametrize(("name", "rule"), assignment.PAIR_CASES)
+def test_rules_of_pairs_equal_the_dense_version(name: str, rule) -> None:  # type: ignore[no-untyped-def]
+    priors = assignment.make_priors(Points(), (128, 160), CPU)
+    objects, said = random_objects(2, 5, (128, 160)), assignment.random_predictions(priors, 2)
+    dense = assignment.load_dense("rules_dense", "dense_rule")
+    assert assignment.measure(rule, priors, objects, dense, CPU, 0, said)["same"] is True, name
+    expected = dense(rule, priors, objects, said)  # type: ignore[misc]
+    found = rule(priors, objects, said)
+    assert assignment._same(found, expected)
+    assert not assignment._same(found, replace(expected, weight=expected.weight * 1.001))
+    assert not assignment._same(found, replace(expected, object=9 - expected.object))
+    assert not assignment._same(found, replace(expected, ignored=~expected.ignored))
+    if expected.background_weight is not None:
+        assert not assignment._same(found, replace(expected, background_weight=expected.background_weight + 0.001))
+    else:
+        assert not assignment._same(found, replace(expected, background_weight=torch.ones(2, len(priors), 80)))
 
 
 def test_a_wrong_assigner_is_found_out() -> None:

@@ -45,6 +45,7 @@ class Assigner(Node):
     uses_predictions: ClassVar[bool] = False  # False: labels can be made, cached and drawn without a model
     soft_quality: ClassVar[bool] = False  # True: class targets say how good the pair is, False: all are 1
     synchronises: ClassVar[bool] = False  # True: waits for the device
+    shares: ClassVar[bool] = False  # True: a prior may learn several objects
 
     crowd_coverage: float = Field(
         default=0.5, ge=0, le=1
@@ -63,8 +64,8 @@ class Assigner(Node):
         """
         _check(priors, objects, predictions, self)
         with torch.no_grad(), _full_precision(priors.boxes.device):
+            said = None if predictions is None else _to_float(predictions)
             if len(objects):
-                said = None if predictions is None else _to_float(predictions)
                 found = self.assign(priors, objects, said)
                 if self.keep_one:
                     from detector.assign.keep import keep_one  # which is built on this file
@@ -72,7 +73,7 @@ class Assigner(Node):
                     looks = said if self.uses_predictions else None
                     found = keep_one(found, priors, objects, looks, self.soft_quality)
             else:
-                found = nothing(priors, objects)
+                found = self.without_objects(priors, objects, said)
             ignored = found.ignored
             if len(objects.ignore):
                 ignored = ignored | crowded(priors, objects, self.crowd_coverage)
@@ -96,7 +97,8 @@ class Assigner(Node):
         for i in range(objects.batch_size):
             mine = (objects.image == i).nonzero().squeeze(1)
             if not len(mine):
-                parts.append(nothing(priors, objects.select_image(i)))
+                said = None if predictions is None else predictions.select_image(i)
+                parts.append(self.without_objects(priors, objects.select_image(i), said))
                 continue
             one = self.assign_image(
                 priors, objects.select_image(i), None if predictions is None else predictions.select_image(i)
@@ -114,7 +116,12 @@ class Assigner(Node):
             background_weight=None
             if full is None
             else torch.cat([torch.ones_like(full) if w is None else w for w in weights]),
+            modulated=next((one.modulated for one in parts if one.modulated is not None), None),
         )
+
+    def without_objects(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
+        """A batch in which nothing is to be found; a rule that weighs the background of such images says so here."""
+        return nothing(priors, objects)
 
     def assign_image(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         """One image with at least one object, as a batch of one; for rules where speed does not matter."""

@@ -15,13 +15,21 @@ import detector
 from detector.assign import (
     Assigner,
     Atss,
+    CenterGaussian,
+    CenterRegion,
+    DualWeight,
     DynamicSoftLabel,
     Fcos,
     Hungarian,
     MaxIou,
     Ota,
+    Paa,
+    PointScale,
     SimOta,
     TaskAligned,
+    Uniform,
+    YoloBest,
+    YoloRatio,
 )
 from detector.bench.measure import Table, Target, bytes_text, peak_bytes, seconds_text, take_turns
 from detector.bench.networks import NUM_CLASSES, random_objects
@@ -55,6 +63,18 @@ PREDICTED_CASES: tuple[tuple[str, Assigner, bool], ...] = (  # name, rule, does 
     ("Hungarian", Hungarian(), False),
 )
 
+# Rules of pairs and weights, all on one anchor.
+PAIR_CASES: tuple[tuple[str, Assigner], ...] = (
+    ("YOLO ratio", YoloRatio()),
+    ("YOLO best", YoloBest()),
+    ("uniform", Uniform()),
+    ("point scale", PointScale()),
+    ("centre Gaussian", CenterGaussian()),
+    ("centre region", CenterRegion()),
+    ("PAA", Paa()),
+    ("DW", DualWeight()),
+)
+
 METHOD = (
     "One call for a batch of one or {batch} images with so many objects in each, against the plain dense version in"
     " `tests/reference/assign_dense.py`, which compares every prior with every object of an image, one image after the"
@@ -82,7 +102,7 @@ def run(device: torch.device, quick: bool) -> Table:
                     result = measure(rule, priors, objects, dense, device, 0.1 if quick else 3.0)
                     case = {"rule": name, "height": size[0], "width": size[1], "images": images, "objects": count}
                     results.append(case | result)
-    results += _run_predicted(device, quick)
+    results += _run_predicted(device, quick) + _run_pairs(device, quick)
     return Table(
         title="Label assignment",
         method=METHOD.format(
@@ -115,6 +135,23 @@ def _run_predicted(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                     left_out = by_class and count * len(priors) * NUM_CLASSES > MOST_BY_CLASS
                     peer = None if left_out else dense
                     result = measure(rule, priors, objects, peer, device, 0.1 if quick else 3.0, said)
+                    case = {"rule": name, "height": size[0], "width": size[1], "images": images, "objects": count}
+                    results.append(case | result)
+    return results
+
+
+def _run_pairs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    dense = load_dense("rules_dense", "dense_rule") if device.type == "cpu" else None
+    kind = Anchors(scale=8, octave_scales=1, ratios=(1.0,))
+    results = []
+    for size in SIZES[:1] if quick else SIZES:
+        priors = make_priors(kind, size, device)
+        for images in (1, BATCH):
+            said = random_predictions(priors, images)
+            for count in COUNTS[:1] if quick else COUNTS:
+                objects = random_objects(images, count, size).to(device)
+                for name, rule in PAIR_CASES:
+                    result = measure(rule, priors, objects, dense, device, 0.1 if quick else 3.0, said)
                     case = {"rule": name, "height": size[0], "width": size[1], "images": images, "objects": count}
                     results.append(case | result)
     return results
@@ -169,7 +206,9 @@ def measure(
     return result | {"seconds": times.median("ours"), "dense_seconds": times.median("dense")}
 
 
-def _same(found: Assignment, expected: Tensor | tuple[Tensor, Tensor]) -> bool:
+def _same(found: Assignment, expected: Tensor | tuple[Tensor, Tensor] | Assignment) -> bool:
+    if isinstance(expected, Assignment):
+        return _same_pairs(found, expected)
     if isinstance(expected, Tensor):
         return bool(torch.equal(found.per_prior(), expected))
     index, quality = expected
@@ -180,11 +219,31 @@ def _same(found: Assignment, expected: Tensor | tuple[Tensor, Tensor]) -> bool:
     return close and bool(torch.equal(found.per_prior().clamp(min=BACKGROUND), index))
 
 
+def _same_pairs(found: Assignment, expected: Assignment) -> bool:
+    """The same pairs in any order, their weights and those of the background within 1e-5."""
+    sides = []
+    for one in (found, expected):
+        kept = one.weight > 0
+        owner, prior = one.object[kept], one.prior[kept]
+        order = (prior * (1 << 32) + owner).sort(stable=True).indices
+        sides.append((torch.stack([prior, owner], 1)[order], torch.stack([one.quality, one.weight], 1)[kept][order]))
+    (pairs, values), (other_pairs, other_values) = sides
+    if not torch.equal(pairs, other_pairs) or not torch.equal(found.ignored, expected.ignored):
+        return False
+    close = torch.allclose(values, other_values, atol=1e-5, rtol=1e-5)
+    if found.background_weight is None or expected.background_weight is None:
+        return close and found.background_weight is expected.background_weight
+    return close and torch.allclose(found.background_weight, expected.background_weight, atol=1e-5, rtol=1e-5)
+
+
 def load_dense(file: str = "assign_dense", function: str = "dense") -> Dense | None:
     """The dense version, which is part of the tests and so not installed; None where there are no tests."""
-    path = Path(detector.__file__).parents[1] / "tests" / "reference" / f"{file}.py"
+    checkout = Path(detector.__file__).parents[1]
+    path = checkout / "tests" / "reference" / f"{file}.py"
     if not path.is_file():
         return None
+    if str(checkout) not in sys.path:
+        sys.path.append(str(checkout))  # one dense version may import from another
     spec = importlib.util.spec_from_file_location(file, path)
     assert spec is not None
     assert spec.loader is not None

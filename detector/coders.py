@@ -22,6 +22,8 @@ from detector.config.node import Node
 # 8,000 pixels on the finest usual level.
 LEAST_STRIDES, MOST_STRIDES = 0.01, 1000.0
 
+LEAST_SHARE = 1e-9  # of a bin that should have none, so that its logit is finite
+
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -98,12 +100,16 @@ class Distances(Coder):
     """
 
     type: Literal["distances"] = "distances"
-    activation: Literal["relu", "exp", "softplus"] = Field(
-        "exp", description="turns raw numbers into distances: exp in the FCOS paper, relu in its later improvements"
+    activation: Literal["relu", "exp", "softplus", "none"] = Field(
+        "exp",
+        description="turns raw numbers into distances: exp in the FCOS paper, relu in its later improvements; none:"
+        " they are distances, negative ones too, so that the box need not hold the centre",
     )
 
     def encode(self, prior_boxes: Tensor, stride: Tensor, boxes: Tensor) -> Tensor:
         distances = edge_distances(centers(full_precision(prior_boxes)), full_precision(boxes)) / stride[..., None]
+        if self.activation == "none":
+            return distances
         if self.activation == "relu":
             return distances.clamp(min=0)
         distances = distances.clamp(LEAST_STRIDES, MOST_STRIDES)
@@ -113,7 +119,9 @@ class Distances(Coder):
 
     def decode(self, prior_boxes: Tensor, stride: Tensor, raw: Tensor) -> Tensor:
         raw, center = full_precision(raw), centers(full_precision(prior_boxes))
-        if self.activation == "relu":
+        if self.activation == "none":
+            distances = raw
+        elif self.activation == "relu":
             distances = F.relu(raw)
         elif self.activation == "exp":
             distances = raw.clamp(max=math.log(MOST_STRIDES)).exp()
@@ -123,9 +131,42 @@ class Distances(Coder):
         return torch.cat([center - distances[..., :2], center + distances[..., 2:]], dim=-1)
 
 
+class Bins(Coder):
+    """Each distance in strides as a distribution over 0, 1, ... `reg_max`, of which the mean counts.
+
+    The general distribution of Li et al., "Generalized Focal Loss" (NeurIPS 2020), equations 4 and 5.  Raw numbers are
+    logits, ordered left, top, right, bottom, then bin.  `encode` puts all the mass on the two bins beside the distance.
+    """
+
+    type: Literal["bins"] = "bins"
+    reg_max: int = Field(16, ge=1, description="largest distance in strides; the paper's n")
+
+    @property
+    def channels(self) -> int:
+        return 4 * (self.reg_max + 1)
+
+    def encode(self, prior_boxes: Tensor, stride: Tensor, boxes: Tensor) -> Tensor:
+        distances = self.distances(prior_boxes, stride, boxes)
+        bins = torch.arange(self.reg_max + 1, device=distances.device, dtype=distances.dtype)
+        share = (1 - (distances[..., None] - bins).abs()).clamp(min=LEAST_SHARE)
+        return share.log().flatten(-2)
+
+    def decode(self, prior_boxes: Tensor, stride: Tensor, raw: Tensor) -> Tensor:
+        logits = full_precision(raw).unflatten(-1, (4, self.reg_max + 1))
+        bins = torch.arange(self.reg_max + 1, device=logits.device, dtype=logits.dtype)
+        distances = (logits.softmax(-1) @ bins) * stride[..., None]
+        center = centers(full_precision(prior_boxes))
+        return torch.cat([center - distances[..., :2], center + distances[..., 2:]], dim=-1)
+
+    def distances(self, prior_boxes: Tensor, stride: Tensor, boxes: Tensor) -> Tensor:
+        """(..., 4), (...), (..., 4) -> (..., 4) strides in [0, reg_max] from the prior's centre to the box's sides."""
+        distances = edge_distances(centers(full_precision(prior_boxes)), full_precision(boxes)) / stride[..., None]
+        return distances.clamp(0, self.reg_max)
+
+
 def edge_distances(points: Tensor, boxes: Tensor) -> Tensor:
     """(..., 2), (..., 4) xyxy -> (..., 4) pixels from a point to the left, top, right, bottom edge; < 0 outside."""
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 
 
-AnyCoder = Annotated[Deltas | Distances, Field(discriminator="type")]
+AnyCoder = Annotated[Deltas | Distances | Bins, Field(discriminator="type")]

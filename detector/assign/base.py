@@ -94,6 +94,7 @@ class Assigner(Node):
             background_weight=None
             if full is None
             else torch.cat([torch.ones_like(full) if w is None else w for w in weights]),
+            modulated=next((one.modulated for one in parts if one.modulated is not None), None),
         )
 
     def assign_image(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:

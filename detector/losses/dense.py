@@ -17,7 +17,7 @@ from detector.errors import ConfigError
 from detector.losses import AnyBoxLoss, AnyClassLoss, AnyQualityLoss, DistributionFocal
 from detector.losses.base import CriterionConfig, raw_needs_regression
 from detector.losses.classification import Focal
-from detector.losses.normalizer import Kind, Normalizer
+from detector.losses.normalizer import Kind, Normalizer, mean_over_processes
 from detector.losses.regression import Giou
 from detector.losses.targets import Pairs, class_targets
 from detector.structures import Assignment, Losses, Objects, Outputs
@@ -45,6 +45,11 @@ class DenseCriterionConfig(CriterionConfig):
         "uniform",
         description="a pair's box loss is weighted by the quality branch's target (FCOS and ATSS, by centerness), the"
         " rule's quality (TOOD, RTMDet), the prediction's IoU now (VFNet), or its best class score now (GFL)",
+    )
+    normalize_box_weights: bool = Field(
+        False,
+        description="scale them to a mean of 1 in each (micro-)batch, which is what dividing boxes by the sum of their"
+        " weights does in the authors' codes; else boxes count little while their weights are small",
     )
     distribution: DistributionFocal | None = Field(None, description="loss of the distributions of a 'bins' coder")
     quality: AnyQualityLoss | None = Field(None, description="loss of the head's quality branch; null: it has none")
@@ -87,8 +92,9 @@ class DenseCriterion(nn.Module):
     """`criterion(outputs, objects) -> Losses`: labels by whichever assigner, then class, box and quality loss.
 
     Sums `class`, `box` and, where asked for, `distribution` and `quality`.  All are divided by the one normaliser.
-    That includes weighted box losses, which the papers' codes divide by the sum of the weights instead: smaller by a
-    nearly constant factor (about 0.6 for centerness), for `box.weight` to absorb.
+    That includes weighted box losses, which the authors' codes divide by the sum of the weights instead.  For
+    centerness that is smaller by a nearly constant factor (about 0.6), for `box.weight` to absorb; weights that grow
+    while the network learns want `normalize_box_weights`.
 
     Everything is float32 with autocast off, without synchronisation with the device.  A batch without objects or pairs
     gives box and quality losses of exactly 0 that still hang on the graph.
@@ -133,6 +139,8 @@ class DenseCriterion(nn.Module):
         box, distribution, quality = self.config.box, self.config.distribution, self.config.quality
         goal = None if quality is None else quality.targets(pairs.centers, pairs.decoded, pairs.boxes)
         weight = pairs.weight * self._box_factor(assignment, pairs, goal)
+        if self.config.normalize_box_weights:
+            weight = weight * mean_over_processes(pairs.weight.sum()) / mean_over_processes(weight.sum()).clamp(min=1)
         each = box(pairs.raw, pairs.raw_target) if box.on == "raw" else box(pairs.decoded, pairs.boxes)
         sums = {"box": box.weight * (each * weight).sum()}
         if distribution is not None and isinstance(pairs.coder, Bins):

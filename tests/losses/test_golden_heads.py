@@ -42,7 +42,7 @@ def scenarios(data) -> list[dict[str, Tensor]]:  # type: ignore[no-untyped-def]
 
 
 def test_gfl(golden) -> None:  # type: ignore[no-untyped-def]
-    """Boxes and distributions are divided by the sum of their weights there, by the positives here."""
+    """Boxes and distributions are divided by the sum of their weights, at least 1, which is `normalize_box_weights`."""
     data = golden("head_gfl")
     priors = golden_priors(data.scenario("setup"), 8, offset=0)
     config = DenseCriterionConfig(
@@ -51,18 +51,17 @@ def test_gfl(golden) -> None:  # type: ignore[no-untyped-def]
         box=Giou(weight=2),
         box_weighting="score",
         distribution=DistributionFocal(),
+        normalize_box_weights=True,
     )
     for s in scenarios(data):
         classes, boxes = s["in_cls"].requires_grad_(), s["in_box"].requires_grad_()
         outputs = Outputs(priors, classes, boxes, None, Bins())
         losses = config.build(Atss(), 5)(outputs, golden_objects(s))
         assert losses.normalizer == (s["t_labels"] < 5).sum()
-        found = losses.assignments["dense"]
-        weights = (classes.detach().sigmoid().amax(-1).view(-1)[found.prior] * found.weight).sum().clamp(min=1)
         parts = {
-            "cls": losses.sums["class"] / s["t_avg_factor"].item(),
-            "bbox": losses.sums["box"] / weights,
-            "dfl": losses.sums["distribution"] / weights,
+            "cls": losses.sums["class"] / s["t_avg_factor"].item(),  # at least 1 an image there
+            "bbox": losses.parts["box"],
+            "dfl": losses.parts["distribution"],
         }
         check(parts, s, {"cls": classes, "box": boxes})
 
@@ -70,7 +69,8 @@ def test_gfl(golden) -> None:  # type: ignore[no-untyped-def]
 def test_vfnet(golden) -> None:  # type: ignore[no-untyped-def]
     """Its two stages of boxes are two heads here: the class target and the refined box loss come from the second.
 
-    Boxes are divided by the sum of their IoUs there, by the positives here; the peer floors these weights at 1e-6.
+    Boxes are divided by the sum of their IoUs, at least 1, which is `normalize_box_weights`; the peer's IoUs are at
+    least 1e-6, ours can be 0.
     """
     data = golden("head_vfnet")
     setup = data.scenario("setup")
@@ -79,7 +79,11 @@ def test_vfnet(golden) -> None:  # type: ignore[no-untyped-def]
 
     def config(weight: float) -> DenseCriterionConfig:
         return DenseCriterionConfig(
-            classification=Varifocal(), class_target="iou", box=Giou(weight=weight), box_weighting="iou"
+            classification=Varifocal(),
+            class_target="iou",
+            box=Giou(weight=weight),
+            box_weighting="iou",
+            normalize_box_weights=True,
         )
 
     for s in scenarios(data):
@@ -92,19 +96,10 @@ def test_vfnet(golden) -> None:  # type: ignore[no-untyped-def]
         coder = Distances(activation="none")
         initial = config(1.5).build(given(assignment), 5)(Outputs(pixels, classes, first, None, coder), objects)
         final = config(2).build(given(assignment), 5)(Outputs(pixels, classes, refined, None, coder), objects)
-
-        def weights(raw: Tensor, assignment=assignment, objects=objects) -> Tensor:  # type: ignore[no-untyped-def]
-            prior = assignment.prior % len(priors)
-            decoded = Distances(activation="none").decode(
-                priors.boxes[prior], torch.ones(len(prior)), raw.view(-1, 4)[assignment.prior]
-            )
-            iou = 1 - Iou(mode="linear")(decoded.detach(), objects.boxes[assignment.object])
-            return (iou * assignment.weight).sum().clamp(min=1)
-
         parts = {
-            "cls": final.sums["class"] / positive.clamp(min=1),
-            "bbox": initial.sums["box"] / weights(first),
-            "bbox_rf": final.sums["box"] / weights(refined),
+            "cls": final.parts["class"],
+            "bbox": initial.parts["box"],
+            "bbox_rf": final.parts["box"],
         }
         check(parts, s, {"cls": classes, "box": first, "box_refined": refined})
 

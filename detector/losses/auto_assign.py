@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from detector.assign.base import chunks
 from detector.boxes import full_precision, pairwise_iou
+from detector.coders import Bins
 from detector.errors import ConfigError
 from detector.losses import AnyBoxLoss
-from detector.losses.base import CriterionConfig, raw_needs_regression
+from detector.losses.base import RAW_ARE_LOGITS, CriterionConfig
 from detector.losses.likelihood import LEAST, LEAST_TO_LOG, check_classes, left_out, negative_sum, report
 from detector.losses.normalizer import mean_over_processes
 from detector.losses.regression import Giou
@@ -56,7 +57,7 @@ class AutoAssignConfig(CriterionConfig):
         return True
 
     def objection(self, coder: Coder) -> str | None:
-        return raw_needs_regression(coder) if self.box.on == "raw" else None
+        return RAW_ARE_LOGITS if self.box.on == "raw" and isinstance(coder, Bins) else None
 
     def build(self, assigner: Assigner | None, num_classes: int) -> AutoAssign:
         if assigner is not None:
@@ -65,7 +66,7 @@ class AutoAssignConfig(CriterionConfig):
 
 
 class CenterPrior(nn.Module):
-    """Where in objects of a class the priors that learn them lie: a Gaussian around a shifted centre (equation 5)."""
+    """Where in objects of a class the priors that learn them lie: a Gaussian around a shifted centre."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class _Terms(NamedTuple):
 class AutoAssign(nn.Module):
     """`criterion(outputs, objects) -> Losses` with sums `positive`, `negative` and `center`.
 
-    The head's quality branch is the objectness of equation 4; no label trains it.  The normaliser is the sum of all
+    The head's quality branch is the objectness of the paper; no label trains it.  The normaliser is the sum of all
     centre priors in objects, a soft count of positives, by which the authors divide `negative`; they divide `positive`
     by the objects and `center` by the images, and so do we, with the numbers of this (micro-)batch.  The reported
     assignment holds the priors that weigh at least half as much as the heaviest of their object.
@@ -160,7 +161,7 @@ class AutoAssign(nn.Module):
             loss = box(outputs.coder.decode(priors.boxes, priors.stride, raw), target)
         confidence = score * (-box.weight * loss).exp()
 
-        # Equations 6 and 7: the mean confidence of all inside, in which the confident and central ones weigh more.
+        # The mean confidence of all inside, in which the confident and central ones weigh more.
         weight = (self.config.sharpness * confidence).exp() * center
         weight = weight / weight.sum(1, keepdim=True).clamp(min=LEAST)
         likelihood = (confidence * weight).sum(1)
@@ -190,7 +191,7 @@ def in_boxes(priors: Priors, boxes: Tensor) -> Tensor:
 
 
 def belongs(outputs: Outputs, objects: Objects, candidates: Callable[[slice], Tensor]) -> Tensor:
-    """(B, R, K) in [0, 1]: how little a prior inside an object of the class counts as background (equation 8).
+    """(B, R, K) in [0, 1]: how little a prior inside an object of the class counts as background.
 
     candidates: from a part of the objects to (n, R) bool, the priors inside them.
 

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from detector.coders import Bins, Coder
+from detector.coders import Coder
 from detector.config.node import Node
 
 if TYPE_CHECKING:
     from detector.assign.base import Assigner
+
+
+# Box losses on raw numbers do not go with a distribution's, which are no numbers to come near to.
+RAW_ARE_LOGITS = (
+    "criterion.box compares raw numbers, but those of a 'bins' coder are logits: set criterion.box.type=giou"
+)
 
 
 class CriterionConfig(Node):
@@ -31,10 +37,3 @@ class CriterionConfig(Node):
     @abstractmethod
     def build(self, assigner: Assigner | None, num_classes: int) -> nn.Module:
         """The module.  Raises `ConfigError` where it needs a rule and gets none, or the other way round."""
-
-
-def raw_needs_regression(coder: Coder) -> str | None:
-    """For box losses on raw numbers: those of a distribution are logits, no numbers to come near to."""
-    if isinstance(coder, Bins):
-        return "criterion.box compares raw numbers, but those of a 'bins' coder are logits: set criterion.box.type=giou"
-    return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from detector.coders import Bins
 from detector.errors import ConfigError
 from detector.losses import AnyBoxLoss, AnyClassLoss, AnyQualityLoss, DistributionFocal
-from detector.losses.base import CriterionConfig, raw_needs_regression
+from detector.losses.base import RAW_ARE_LOGITS, CriterionConfig
 from detector.losses.classification import Focal
 from detector.losses.normalizer import Kind, Normalizer, mean_over_processes
 from detector.losses.regression import Giou
@@ -80,7 +80,7 @@ class DenseCriterionConfig(CriterionConfig):
                 "criterion.distribution is set but the head gives no distributions: set model.head.coder={type: bins},"
                 " or criterion.distribution=null"
             )
-        return raw_needs_regression(coder) if self.box.on == "raw" else None
+        return RAW_ARE_LOGITS if self.box.on == "raw" and isinstance(coder, Bins) else None
 
     def build(self, assigner: Assigner | None, num_classes: int) -> DenseCriterion:
         if assigner is None:

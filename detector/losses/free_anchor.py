@@ -2,8 +2,8 @@
 
 Legend: B images, R priors of an image, N objects of the batch, K classes, S priors of a bag.
 
-No prior is told its object.  Every object has a bag of priors that overlap it, and some prior of the bag should find it
-(equation 8); a prior that finds no object should be silent (equation 9).
+No prior is told its object.  Every object has a bag of priors that overlap it, and some prior of the bag should find
+it; a prior that finds no object should be silent.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from detector.assign.base import chunks
 from detector.boxes import full_precision, pairwise_iou
+from detector.coders import Bins
 from detector.errors import ConfigError
 from detector.losses import AnyBoxLoss
-from detector.losses.base import CriterionConfig, raw_needs_regression
+from detector.losses.base import RAW_ARE_LOGITS, CriterionConfig
 from detector.losses.likelihood import LEAST, check_classes, left_out, negative_sum, report
 from detector.losses.normalizer import mean_over_processes
 from detector.losses.regression import SmoothL1
@@ -49,7 +50,7 @@ class FreeAnchorConfig(CriterionConfig):
         return False
 
     def objection(self, coder: Coder) -> str | None:
-        return raw_needs_regression(coder) if self.box.on == "raw" else None
+        return RAW_ARE_LOGITS if self.box.on == "raw" and isinstance(coder, Bins) else None
 
     def build(self, assigner: Assigner | None, num_classes: int) -> FreeAnchor:
         if assigner is not None:
@@ -75,7 +76,7 @@ class FreeAnchor(nn.Module):
         with torch.autocast(outputs.class_logits.device.type, enabled=False):
             bag = bags(outputs.priors, objects, config.bag)
             joint = self._joint_likelihood(outputs, objects, bag)
-            # Mean-max: near the mean while all are unlikely, near the maximum once some are likely (equation 7).
+            # Mean-max: near the mean while all are unlikely, near the maximum once some are likely.
             share = 1 / (1 - joint).clamp(min=LEAST)
             share = share / share.sum(1, keepdim=True)
             found = (share * joint).sum(1).clamp(min=LEAST)

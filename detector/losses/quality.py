@@ -6,19 +6,15 @@ Legend: B images, R priors of an image, P pairs.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from detector.boxes import EPS, full_precision, pairwise_iou
-from detector.coders import edge_distances
+from detector.boxes import EPS, edge_distances, full_precision, pairwise_iou
 from detector.config.node import Node
-from detector.losses.classification import Bce
-from detector.losses.targets import Pairs, class_targets
+from detector.losses.targets import Pairs
 from detector.structures import Assignment
 
 
@@ -52,28 +48,6 @@ class QualityBce(QualityLoss):
     def __call__(self, logits: Tensor, target: Tensor, pairs: Pairs, assignment: Assignment) -> Tensor:
         own = full_precision(logits.reshape(-1)[assignment.prior])
         return (F.binary_cross_entropy_with_logits(own, target, reduction="none") * pairs.weight).sum()
-
-
-class Objectness(QualityLoss):
-    """Binary cross-entropy of every prior: is there an object (Redmon et al., CVPR 2016; Ge et al., "YOLOX", 2021).
-
-    Priors without an object learn 0, ignored ones nothing.  Goes with `criterion.class_on=positives`.
-    """
-
-    type: Literal["objectness"] = "objectness"
-    target: Literal["one", "iou"] = Field(
-        "one", description="what priors with an object learn: 1 (YOLOX), or the IoU of their box now (YOLOv5)"
-    )
-
-    def targets(self, centers: Tensor, decoded: Tensor, boxes: Tensor) -> Tensor:
-        if self.target == "one":
-            return torch.ones_like(boxes[:, 0])
-        return pairwise_iou(decoded.detach(), boxes)
-
-    def __call__(self, logits: Tensor, target: Tensor, pairs: Pairs, assignment: Assignment) -> Tensor:
-        any_object = torch.zeros_like(assignment.object)
-        plain = replace(assignment, quality=target, object=any_object, background_weight=None)
-        return Bce()(logits[..., None], class_targets(plain, any_object.new_zeros(1), 1))
 
 
 def centerness(points: Tensor, boxes: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ Legend: B images, L levels, R priors, K classes, A priors in a cell, C numbers o
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,36 +13,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from detector.coders import AnyCoder, Coder, Deltas
-from detector.config.node import Node
-from detector.models.layers import ConvKind, NormKind, conv2d, norm2d
-from detector.models.priors import Anchors, AnyPriors
+from detector.models.heads import HeadConfig, initialise, say
+from detector.models.layers import conv2d, norm2d
 from detector.structures import Outputs, Priors
 
 # Training at many sizes would otherwise keep the priors of all of them on the device.
 MOST_CACHED = 8
-
-
-class HeadConfig(Node):
-    """What heads over all levels with the same weights have in common."""
-
-    priors: AnyPriors = Anchors()
-    coder: AnyCoder = Deltas()
-    channels: int = Field(256, ge=1)
-    norm: NormKind = Field("group", description="batch: each level has its own statistics, see TowerLayer")
-    conv: ConvKind = Field("plain", description="separable: light 3 x 3 convolutions, the predicting ones included")
-    level_scale: bool = Field(False, description="a learnt factor for the raw boxes of each level (FCOS)")
-    quality: bool = Field(False, description="predict a centerness or IoU from the features of the boxes")
-    prior_probability: float = Field(0.01, gt=0, lt=1, description="class score of every prior before training")
-
-    @property
-    def output_coder(self) -> Coder:
-        """What the boxes of the outputs are said in."""
-        return self.coder
-
-    @abstractmethod
-    def build(self, in_channels: int, strides: Sequence[int], num_classes: int) -> GridHead:
-        """For maps of `in_channels` and these strides, fine to coarse."""
 
 
 class DenseHeadConfig(HeadConfig):
@@ -140,7 +114,8 @@ class DenseHead(GridHead):
 
         self.class_tower = Tower(in_channels, config, len(strides))
         self.box_tower = None if config.shared_tower else Tower(in_channels, config, len(strides))
-        self.classes, self.box = predict(num_classes), predict(config.coder.channels)
+        self.box_numbers = config.coder.channels
+        self.classes, self.box = predict(num_classes), predict(self.box_numbers)
         self.quality = predict(1) if config.quality else None
         self.level_scale = nn.Parameter(torch.ones(len(strides))) if config.level_scale else None
         initialise(self)
@@ -153,9 +128,7 @@ class DenseHead(GridHead):
             for_box = for_class if self.box_tower is None else self.box_tower(x, level)
             raw = self.box(for_box)
             classes.append(flat(self.classes(for_class), self.num_classes))
-            boxes.append(
-                flat(raw if self.level_scale is None else raw * self.level_scale[level], self.config.coder.channels)
-            )
+            boxes.append(flat(raw if self.level_scale is None else raw * self.level_scale[level], self.box_numbers))
             if self.quality is not None:
                 qualities.append(flat(self.quality(for_box), 1))
         return Outputs(
@@ -165,23 +138,6 @@ class DenseHead(GridHead):
             quality_logits=torch.cat(qualities, dim=1).squeeze(-1) if qualities else None,
             coder=self.config.coder,
         )
-
-
-def initialise(head: nn.Module) -> None:
-    """Small normal weights, as in RetinaNet, and biases of 0."""
-    for module in head.modules():
-        if isinstance(module, nn.Conv2d):
-            # Depthwise: as many inputs as taps, so 0.01 twice in a row would leave no signal.
-            nn.init.normal_(module.weight, std=1 / 3 if module.groups > 1 else 0.01)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-def say(probability: float, predictor: nn.Module) -> None:
-    """Makes the sigmoid of what `predictor` gives start at `probability`."""
-    last = [module for module in predictor.modules() if isinstance(module, nn.Conv2d)][-1]
-    assert last.bias is not None
-    nn.init.constant_(last.bias, -math.log((1 - probability) / probability))
 
 
 def flat(x: Tensor, numbers: int) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from detector.boxes import full_precision
 from detector.coders import AnyCoder, Coder, Distances
-from detector.models.dense_head import GridHead, HeadConfig, TowerLayer, flat, initialise, say
+from detector.models.dense_head import GridHead, TowerLayer, flat
+from detector.models.heads import HeadConfig, initialise, say
 from detector.models.layers import conv2d
 from detector.structures import Outputs
 

@@ -16,11 +16,13 @@ from detector.assign import Atss, Fcos, MaxIou
 from detector.assign.base import Assigner
 from detector.coders import Bins, Coder, Deltas, Distances
 from detector.errors import ConfigError
-from detector.losses.classification import Bce, Focal, QualityFocal, Varifocal
+from detector.losses.classification import Bce, Focal
 from detector.losses.dense import DenseCriterionConfig
 from detector.losses.distribution import DistributionFocal
-from detector.losses.quality import Objectness, QualityBce, centerness
+from detector.losses.objectness import Objectness
+from detector.losses.quality import QualityBce, centerness
 from detector.losses.regression import L1, Ciou, Diou, Giou, Iou, SmoothL1
+from detector.losses.soft import QualityFocal, Varifocal
 from detector.structures import Assignment, Losses, Objects, Outputs, Predictions, Priors
 
 from .heads import given, golden_objects, golden_priors, some_objects, some_outputs

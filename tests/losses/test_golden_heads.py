@@ -15,11 +15,13 @@ from torch.testing import assert_close
 
 from detector.assign import Atss
 from detector.coders import Bins, Deltas, Distances
-from detector.losses.classification import Bce, Focal, QualityFocal, Varifocal
+from detector.losses.classification import Bce, Focal
 from detector.losses.dense import DenseCriterionConfig
 from detector.losses.distribution import DistributionFocal
-from detector.losses.quality import Objectness, centerness
+from detector.losses.objectness import Objectness
+from detector.losses.quality import centerness
 from detector.losses.regression import L1, Giou, Iou
+from detector.losses.soft import QualityFocal, Varifocal
 from detector.structures import Outputs, Priors
 
 from .heads import given, golden_objects, golden_priors, own_objects

@@ -14,11 +14,11 @@ from torchvision.ops import deform_conv2d
 from detector.assign import Rule
 from detector.coders import Bins, Deltas, Distances
 from detector.losses.auto_assign import AutoAssignConfig
-from detector.losses.classification import QualityFocal
 from detector.losses.dense import DenseCriterionConfig
 from detector.losses.free_anchor import FreeAnchorConfig
 from detector.losses.quality import QualityBce
 from detector.losses.regression import Giou
+from detector.losses.soft import QualityFocal
 from detector.models.dense import DenseConfig
 from detector.models.fold import fold_batch_norm
 from detector.models.priors import Anchors, Points

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from detector.config.node import Node
+from detector.config.node import Node, default_type
 from detector.models.backbones import Backbone, BackboneConfig
-from detector.models.dense_head import DenseHead, DenseHeadConfig
+from detector.models.dense_head import DenseHeadConfig, GridHead
 from detector.models.fpn import Fpn, FpnConfig
+from detector.models.task_aligned_head import TaskAlignedHeadConfig
 from detector.structures import Objects, Outputs
+
+AnyHead = Annotated[DenseHeadConfig | TaskAlignedHeadConfig, Field(discriminator="type"), default_type("dense")]
 
 
 class DenseConfig(Node):
-    """RetinaNet, FCOS, ATSS and what lies between them."""
+    """RetinaNet, FCOS, ATSS, GFL, TOOD and what lies between them."""
 
     type: Literal["dense"] = "dense"
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     neck: FpnConfig = Field(default_factory=FpnConfig)
-    head: DenseHeadConfig = Field(default_factory=DenseHeadConfig)
+    head: AnyHead = Field(default_factory=DenseHeadConfig)
 
     def build(self, num_classes: int, *, load_weights: bool = True) -> DenseDetector:
         """The network; `load_weights=False` leaves the backbone random, for a checkpoint that follows."""
@@ -41,7 +44,7 @@ class DenseDetector(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, *, backbone: Backbone, neck: Fpn, head: DenseHead) -> None:
+    def __init__(self, *, backbone: Backbone, neck: Fpn, head: GridHead) -> None:
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)

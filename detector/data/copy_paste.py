@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from detector.data.geometry import keep_visible, take
+from detector.data.geometry import keep_visible
 from detector.data.index import CocoIndex
 from detector.data.outlines import Frame, Outlines, Polygons, Shape, scaling, shift, warp
 from detector.data.pasting import blend, cover_objects, outline, rasterize
@@ -80,14 +80,13 @@ class CopyPaste(Combination):
         maps = np.broadcast_to(matrix, (len(chosen), 3, 3))
         outlines = Outlines(tuple(chosen.values()), maps, np.full(len(chosen), self.by == "mask"))
         pasted = _objects(sample, outlines, other.labels[places], other.rows[places])
-        pasted = keep_visible(pasted, self.visible)
-        cover, filled = rasterize([outline(pasted, i) for i in range(len(pasted.boxes))], window)
-        if not filled.any():
+        pasted, cover = rasterize(keep_visible(pasted, self.visible), window)
+        if len(pasted.boxes) == 0:
             return sample
         image = sample.image.copy()
         image[window.pixels] = blend(image[window.pixels], patch, cover, self.edge)
         below = cover_objects(replace(sample, image=image), cover, window, self.visible)
-        return added(below, take(pasted, filled))
+        return added(below, pasted)
 
     def _choose(self, other: Sample, rng: np.random.Generator) -> dict[int, Shape]:
         """Some of the other image's objects, by their place in it, with the masks or boxes to cut along."""

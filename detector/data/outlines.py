@@ -166,7 +166,8 @@ class Bitmap(Shape):
         if np.array_equal(matrix, np.eye(3)):
             return Bitmap(self.raster(seen), seen.left, seen.top)
         inner = shift(-seen.left, -seen.top) @ matrix @ shift(self.left, self.top)
-        return Bitmap(warp(self.pixels * 255, inner, seen.size, 0) // 128, seen.left, seen.top)
+        # A pixel is in if its middle lies in one that was: smoothing would round corners off.
+        return Bitmap(warp(self.pixels, inner, seen.size, 0, cv2.INTER_NEAREST), seen.left, seen.top)
 
     def raster(self, frame: Frame) -> np.ndarray:
         out = np.zeros(frame.size, dtype=np.uint8)
@@ -290,10 +291,16 @@ def move(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.asarray(moved)
 
 
-def warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], ground: int | Sequence[int]) -> np.ndarray:
+def warp(
+    image: np.ndarray,
+    matrix: np.ndarray,
+    size: tuple[int, int],
+    ground: int | Sequence[int],
+    interpolation: int = cv2.INTER_LINEAR,
+) -> np.ndarray:
     """(height, width, ...): the image behind a (3, 3) map given for pixel edges; `ground` where there is none."""
     centered = shift(-0.5, -0.5) @ matrix @ shift(0.5, 0.5)  # OpenCV counts from the first pixel's centre
-    options: dict[str, Any] = {"flags": cv2.INTER_LINEAR, "borderMode": cv2.BORDER_CONSTANT, "borderValue": ground}
+    options: dict[str, Any] = {"flags": interpolation, "borderMode": cv2.BORDER_CONSTANT, "borderValue": ground}
     if matrix[2, 0] or matrix[2, 1]:
         return np.asarray(cv2.warpPerspective(image, centered, size[::-1], **options))
     return np.asarray(cv2.warpAffine(image, centered[:2], size[::-1], **options))

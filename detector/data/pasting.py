@@ -25,24 +25,28 @@ def blend(below: np.ndarray, above: np.ndarray, cover: np.ndarray, edge: float) 
     return np.asarray(cv2.blendLinear(above, below, weight, 1 - weight))
 
 
-def rasterize(shapes: list[Shape], window: Frame) -> tuple[np.ndarray, np.ndarray]:
-    """((h, w) uint8 of the window: 1 where any of the shapes is; (o,) bool: which of them have a pixel there)."""
-    cover = np.zeros(window.size, dtype=np.uint8)
-    filled = np.zeros(len(shapes), dtype=bool)
-    for i, shape in enumerate(shapes):
+def rasterize(objects: Sample, window: Frame) -> tuple[Sample, np.ndarray]:
+    """The objects as pixels of a window, and the (h, w) uint8 cover of the window: 1 where any of them is.
+
+    Boxes and masks become those of the pixels; objects that fill none are left out.
+    """
+    cover, pixels = np.zeros(window.size, dtype=np.uint8), {}
+    boxes = objects.boxes.copy()
+    for i in range(len(boxes)):
+        shape = outline(objects, i)
         own = _overlap(shape.bounds(), window)
-        pixels = shape.raster(own)
-        filled[i] = pixels.any()
-        rows, columns = inside(own, window)
-        cover[rows, columns] |= pixels
-    return cover, filled
+        pixels[i] = Bitmap(shape.raster(own), own.left, own.top)
+        boxes[i] = pixels[i].bounds()
+        cover[inside(own, window)] |= pixels[i].pixels
+    outlines = None if objects.outlines is None else objects.outlines.changed(pixels)
+    return take(replace(objects, boxes=boxes, outlines=outlines), np.flatnonzero(boxes.any(1))), cover
 
 
 def cover_objects(sample: Sample, cover: np.ndarray, window: Frame, visible: float, shrink: bool = True) -> Sample:
     """The sample's truth where the pixels of `cover`, (h, w) uint8 in `window`, are hidden by something.
 
-    Objects of which less than the share `visible` is left, or nothing, are dropped.  Boxes and masks of the others
-    shrink to what is left, unless `shrink` is off.  Crowd regions stay.
+    Objects of which less than the share `visible` is left, or less than a pixel's width, are dropped.  Boxes and masks
+    of the others shrink to what is left, unless `shrink` is off.  Crowd regions stay.
     """
     boxes, kept, rest = sample.boxes.copy(), np.ones(len(sample.boxes), dtype=bool), {}
     near = (boxes[:, :2] < (window.right, window.bottom)).all(1) & (boxes[:, 2:] > (window.left, window.top)).all(1)
@@ -58,11 +62,11 @@ def cover_objects(sample: Sample, cover: np.ndarray, window: Frame, visible: flo
         left = whole.copy()
         left[inside(shared, own)] &= 1 - hidden
         count = int(left.sum())
-        if count == 0 or count < visible * int(whole.sum()):
-            kept[i] = False
-        elif shrink:
+        if shrink and count:
             boxes[i] = _shrunk(boxes[i], whole, left, own)
             rest[i] = Bitmap(left, own.left, own.top)
+        thin = bool((boxes[i, 2:] - boxes[i, :2] < 1).any())
+        kept[i] = count > 0 and count >= visible * int(whole.sum()) and not (shrink and thin)
     outlines = None if sample.outlines is None else sample.outlines.changed(rest)
     return take(replace(sample, boxes=boxes, outlines=outlines), kept)
 

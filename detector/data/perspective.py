@@ -12,7 +12,7 @@ from pydantic import Field
 
 from detector.data.batch import PADDING
 from detector.data.geometry import follow, keep_visible
-from detector.data.outlines import move, shift, warp
+from detector.data.outlines import Outlines, move, shift, warp
 from detector.data.sample import Sample
 from detector.data.steps import Augmentation, Extent, ScaleRange, Share
 from detector.data.windows import canvas, choose, draw_scale, fitting, milder, show
@@ -86,22 +86,20 @@ class RandomPerspective(Augmentation):
 
 def _follow_map(sample: Sample, image: np.ndarray, matrix: np.ndarray, visible: float) -> Sample:
     """The sample's truth behind any map that leaves straight lines straight, on its new image."""
-    outlines = None if sample.outlines is None else sample.outlines.mapped(matrix)
-    if outlines is None:
-        boxes = _hulls(sample.boxes, matrix)
-    else:
-        boxes = np.array([outlines.extent(i) for i in range(len(outlines))], dtype=np.float32).reshape(-1, 4)
+    outlines = Outlines.boxes(sample.boxes) if sample.outlines is None else sample.outlines
+    outlines = outlines.mapped(matrix)
     moved = replace(
         sample,
         image=image,
-        boxes=boxes,
+        boxes=np.array([outlines.extent(i) for i in range(len(outlines))], dtype=np.float32).reshape(-1, 4),
         crowd=_hulls(sample.crowd, matrix),
         # Not a scaling and a shift, so nothing leads back to original pixels.
         scale=np.full(2, np.nan, dtype=np.float32),
         offset=np.full(2, np.nan, dtype=np.float32),
         outlines=outlines,
     )
-    return keep_visible(moved, visible)
+    kept = keep_visible(moved, visible)
+    return replace(kept, outlines=None) if sample.outlines is None else kept
 
 
 def _hulls(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from detector import seeding
 from detector.data.batch import PADDING, collate
 from detector.data.coco import MEBIBYTE, CocoData, Reader
+from detector.data.order import Ordering, Shuffle
 from detector.data.pool import Pool
 from detector.data.resize import Sizing
 from detector.data.sample import Sample
@@ -48,6 +49,7 @@ def train_loader(
     world: int = 1,
     epochs: float | None = None,
     partner_cache: int = 128,
+    order: Ordering | None = None,
 ) -> Loader:
     """The batches of the steps from `start_step` to before `stop_step`.
 
@@ -58,6 +60,7 @@ def train_loader(
     Args:
         epochs: of the whole run, which steps of `augment` may go by; default: what ends with `stop_step`.
         partner_cache: MiB in each worker for images that steps combining several have drawn before.
+        order: which images an epoch shows; default: each once, shuffled.
 
     Raises:
         DataError: the set has no image, or a step of `augment` cannot do anything on it; while
@@ -74,6 +77,7 @@ def train_loader(
         choices=len(resize.multi_scale),
         rank=rank,
         world=world,
+        order=(Shuffle() if order is None else order).of(data.index, seed),
     )
     source = TrainSource(
         data,
@@ -218,7 +222,8 @@ class TrainSource(_Source):
     def sample(self, key: Key, failures: list[str]) -> Sample:
         sample = self.reader.read(key.image, failures)
         pool = Pool(self.reader, key.image, failures)
-        rng = seeding.generator(self.seed, seeding.SAMPLE, key.epoch, key.image)
+        again = (key.repeat,) if key.repeat else ()
+        rng = seeding.generator(self.seed, seeding.SAMPLE, key.epoch, key.image, *again)
         changes = self.active(key.epoch)
         # The last steps, as far as they give the same after the resize, are done where the image is smaller.
         around = len(list(takewhile(lambda change: change.step.commutes, reversed(changes))))

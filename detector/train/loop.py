@@ -185,4 +185,5 @@ def _loader(config: RunConfig, data: CocoData, start: int, stop: int, epochs: fl
         world=world_size(),
         epochs=epochs,
         partner_cache=config.data.partner_cache,
+        order=config.data.order,
     )

@@ -6,6 +6,7 @@ A step changes one image (`Augmentation`) or puts several into one (`Combination
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, NamedTuple, Self
@@ -42,7 +43,7 @@ class When(Node):
     probability: Share = Field(1.0, description="of the samples, once the strength is full")
     after: float = Field(0, ge=0, description="off in the first so many epochs")
     until: float | None = Field(None, gt=0, description="off from this epoch on")
-    off_last: float = Field(0, ge=0, description="off in the run's last so many epochs")
+    off_last: float = Field(0, ge=0, description="off in at least the run's last so many epochs")
     ramp: float = Field(0, ge=0, description="epochs that the strength takes to rise from nothing to full")
 
     @model_validator(mode="after")
@@ -53,7 +54,8 @@ class When(Node):
 
     def strength(self, epoch: int, epochs: float) -> float:
         """0 (off) to 1 (full) in `epoch` of a run of `epochs`."""
-        late = epoch >= epochs - self.off_last if self.off_last else False
+        # A run seldom ends with an epoch: 12 epochs of 100 images in steps of 32 are 12.16.
+        late = self.off_last > 0 and epoch >= math.floor(epochs - self.off_last + 1e-9)
         if epoch < self.after or late or (self.until is not None and epoch >= self.until):
             return 0.0
         return min(1.0, (epoch - self.after + 1) / (self.ramp + 1))
@@ -124,7 +126,7 @@ def never_on(steps: Sequence[Step], epochs: float) -> list[str]:
     lines = []
     for i, step in enumerate(steps):
         when = step.when
-        on = range(max(int(np.ceil(epochs)), 1))
+        on = range(max(math.ceil(epochs), 1))
         if when is not None and not any(when.strength(epoch, epochs) for epoch in on):
             lines.append(f"augment.{i}.when: is never on in a run of {epochs:.3g} epochs")
     return lines

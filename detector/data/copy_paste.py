@@ -41,7 +41,9 @@ class CopyPaste(Combination):
     share: float = Field(0.5, gt=0, le=1, description="of the other image's objects; at least one is pasted")
     most: int = Field(20, ge=1, description="objects pasted at one time")
     flip: Share = Field(0.5, description="how often they are mirrored")
-    edge: float = Field(2.0, ge=0, le=100, description="pixels over which the edge fades; 0: hard")
+    edge: float | None = Field(
+        None, ge=0, le=100, description="pixels over which the edge fades, 0: hard; default: 0 by mask, 8 by box"
+    )
     visible: Share = Field(0.2, description="share of its pixels below which an object is dropped when covered or cut")
 
     @property
@@ -64,7 +66,7 @@ class CopyPaste(Combination):
         chosen = self._choose(other, rng)
         if not chosen:  # the drawn image could not be read, and the one in its place holds none
             return sample
-        bounds = np.stack([shape.bounds() for shape in chosen.values()])
+        bounds = np.array([shape.bounds() for shape in chosen.values()])
         source = Frame.around(np.concatenate([bounds[:, :2].min(0), bounds[:, 2:].max(0)]), other.image)
         scale = draw_scale(JITTER[self.jitter], rng)
         down, across = (choose(source.size[i], sample.image.shape[i], scale, rng) for i in (0, 1))
@@ -79,12 +81,15 @@ class CopyPaste(Combination):
         places = np.array(list(chosen))
         maps = np.broadcast_to(matrix, (len(chosen), 3, 3))
         outlines = Outlines(tuple(chosen.values()), maps, np.full(len(chosen), self.by == "mask"))
-        pasted = _objects(sample, outlines, other.labels[places], other.rows[places])
+        boxes = bounds * np.tile(np.diag(matrix)[:2], 2) + np.tile(matrix[:2, 2], 2)
+        boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], 1)
+        pasted = _objects(sample, outlines, boxes, other.labels[places], other.rows[places])
         pasted, cover = rasterize(keep_visible(pasted, self.visible), window)
         if len(pasted.boxes) == 0:
             return sample
         image = sample.image.copy()
-        image[window.pixels] = blend(image[window.pixels], patch, cover, self.edge)
+        edge = self.edge if self.edge is not None else 0.0 if self.by == "mask" else 8.0
+        image[window.pixels] = blend(image[window.pixels], patch, cover, edge)
         below = cover_objects(replace(sample, image=image), cover, window, self.visible)
         return added(below, pasted)
 
@@ -144,7 +149,8 @@ class SmallCopyPaste(Augmentation):
         places = np.array([i for i, _, _ in pasted])
         true = np.array([_has_mask(sample, i) for i in places.tolist()])
         outlines = Outlines(tuple(s for _, s, _ in pasted), np.stack([m for _, _, m in pasted]), true)
-        more = _objects(sample, outlines, sample.labels[places], sample.rows[places])
+        boxes = np.array([outlines.extent(i) for i in range(len(pasted))])
+        more = _objects(sample, outlines, boxes, sample.labels[places], sample.rows[places])
         return added(replace(sample, image=image), keep_visible(more, 0.0))
 
     def _small(self, sample: Sample) -> np.ndarray:
@@ -183,10 +189,11 @@ class SmallCopyPaste(Augmentation):
         return np.asarray(shift(*(corner - box[:2])) @ matrix)
 
 
-def _objects(sample: Sample, outlines: Outlines, labels: np.ndarray, rows: np.ndarray) -> Sample:
-    """The sample's image with no other truth than these objects, each in the box of its outline."""
-    boxes = np.stack([outlines.extent(i) for i in range(len(outlines))]).astype(np.float32)
-    return replace(sample, boxes=boxes, labels=labels, rows=rows, crowd=sample.crowd[:0], outlines=outlines)
+def _objects(sample: Sample, outlines: Outlines, boxes: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Sample:
+    """The sample's image with no other truth than these objects."""
+    return replace(
+        sample, boxes=boxes.astype(np.float32), labels=labels, rows=rows, crowd=sample.crowd[:0], outlines=outlines
+    )
 
 
 def _has_mask(sample: Sample, i: int) -> bool:

@@ -66,15 +66,23 @@ class Shape(ABC):
         """Behind the map, and only what lies within the frame."""
 
     @abstractmethod
+    def drawn(self, matrix: np.ndarray, frame: Frame) -> np.ndarray:
+        """(height, width) uint8 of the frame: 1 where the object is, behind the map."""
+
     def raster(self, frame: Frame) -> np.ndarray:
         """(height, width) uint8 of the frame: 1 where the object is."""
+        return self.drawn(SAME, frame)
 
     def bounds(self) -> np.ndarray:
         """(4,) xyxy; `EMPTY` if it holds nothing."""
-        return self.extent(np.eye(3))
+        return self._bounds
+
+    @cached_property
+    def _bounds(self) -> np.ndarray:
+        return self.extent(SAME)
 
 
-EMPTY = np.zeros(4)
+EMPTY, SAME = np.zeros(4), np.eye(3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +99,13 @@ class Polygons(Shape):
     def extent(self, matrix: np.ndarray) -> np.ndarray:
         if not self.rings:
             return EMPTY
-        corners = move(np.concatenate(self.rings), matrix)
+        corners = move(self.rings[0] if len(self.rings) == 1 else np.concatenate(self.rings), matrix)
         return np.concatenate([corners.min(0), corners.max(0)])
 
     def placed(self, matrix: np.ndarray, frame: Frame) -> Shape:
+        reach = self.extent(matrix)
+        if _holds(frame, reach):
+            return self if matrix is SAME else Polygons(tuple(move(ring, matrix) for ring in self.rings))
         rings = []
         for ring in self.rings:
             moved = move(ring, matrix)
@@ -109,13 +120,20 @@ class Polygons(Shape):
             rings.append(cut)
         return Polygons(tuple(rings))
 
-    def raster(self, frame: Frame) -> np.ndarray:
+    def drawn(self, matrix: np.ndarray, frame: Frame) -> np.ndarray:
         height, width = frame.size
         if not self.rings or height == 0 or width == 0:
             return np.zeros((height, width), dtype=np.uint8)
         corner = np.array([frame.left, frame.top], dtype=np.float64)
-        parts = rle.frPyObjects([(ring - corner).ravel().tolist() for ring in self.rings], height, width)
-        return np.ascontiguousarray(rle.decode(rle.merge(parts)))
+        rings = [(move(ring, matrix) - corner).ravel().tolist() for ring in self.rings]
+        return _draw(rings, height, width)
+
+
+def _draw(rings: list[list[float]], height: int, width: int) -> np.ndarray:
+    """(height, width) uint8: the union of closed rings x, y, x, y, ..., as COCO draws it."""
+    parts = rle.frPyObjects(rings, height, width)
+    columns = rle.decode(parts[0] if len(parts) == 1 else rle.merge(parts)).T  # as COCO stores them
+    return np.asarray(cv2.transpose(columns))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +155,12 @@ class Bitmap(Shape):
 
     def extent(self, matrix: np.ndarray) -> np.ndarray:
         """Of the corners of the pixels at the ends of each row: no other corner reaches further."""
+        if matrix is SAME:
+            if self.pixels.size == 0:
+                return EMPTY
+            left, top, width, height = cv2.boundingRect(self.pixels)
+            x, y = left + self.left, top + self.top
+            return np.array([x, y, x + width, y + height], dtype=np.float64) if width else EMPTY
         rows = np.flatnonzero(self.pixels.any(1))
         if len(rows) == 0:
             return EMPTY
@@ -149,7 +173,7 @@ class Bitmap(Shape):
 
     def placed(self, matrix: np.ndarray, frame: Frame) -> Shape:
         """Resampled, so true to about half a pixel."""
-        if np.array_equal(matrix, np.eye(3)):
+        if np.array_equal(matrix, SAME):
             height, width = self.pixels.shape
             left, right = max(self.left, frame.left), min(self.left + width, frame.right)
             top, bottom = max(self.top, frame.top), min(self.top + height, frame.bottom)
@@ -163,13 +187,20 @@ class Bitmap(Shape):
             seen = Frame(left, top, right, bottom)
         if 0 in seen.size:
             return Bitmap(np.zeros((0, 0), dtype=np.uint8), seen.left, seen.top)
-        if np.array_equal(matrix, np.eye(3)):
-            return Bitmap(self.raster(seen), seen.left, seen.top)
+        if np.array_equal(matrix, SAME):
+            return Bitmap(self._part(seen), seen.left, seen.top)
         inner = shift(-seen.left, -seen.top) @ matrix @ shift(self.left, self.top)
         # A pixel is in if its middle lies in one that was: smoothing would round corners off.
         return Bitmap(warp(self.pixels, inner, seen.size, 0, cv2.INTER_NEAREST), seen.left, seen.top)
 
-    def raster(self, frame: Frame) -> np.ndarray:
+    def drawn(self, matrix: np.ndarray, frame: Frame) -> np.ndarray:
+        if np.array_equal(matrix, SAME):
+            return self._part(frame)
+        placed = self.placed(matrix, frame)
+        assert isinstance(placed, Bitmap)
+        return placed._part(frame)
+
+    def _part(self, frame: Frame) -> np.ndarray:
         out = np.zeros(frame.size, dtype=np.uint8)
         y, x = self.top - frame.top, self.left - frame.left
         part = self.pixels[max(-y, 0) : max(frame.size[0] - y, 0), max(-x, 0) : max(frame.size[1] - x, 0)]
@@ -219,7 +250,7 @@ class Outlines:
     @classmethod
     def stored(cls, index: CocoIndex, rows: np.ndarray) -> Outlines:
         """Of annotations, in the image's own pixels; nothing is read yet."""
-        maps = np.broadcast_to(np.eye(3), (len(rows), 3, 3))
+        maps = np.broadcast_to(SAME, (len(rows), 3, 3))
         true = index.spans[rows, 1] > index.spans[rows, 0]
         stored = tuple(Stored(index, row, has) for row, has in zip(rows.tolist(), true.tolist(), strict=True))
         return cls(stored, maps, true)
@@ -227,7 +258,7 @@ class Outlines:
     @classmethod
     def boxes(cls, boxes: np.ndarray) -> Outlines:
         """The boxes themselves, where nothing better is known."""
-        maps = np.broadcast_to(np.eye(3), (len(boxes), 3, 3))
+        maps = np.broadcast_to(SAME, (len(boxes), 3, 3))
         return cls(tuple(Polygons.rectangle(box) for box in boxes), maps, np.zeros(len(boxes), dtype=bool))
 
     @classmethod
@@ -259,13 +290,17 @@ class Outlines:
         """
         return self._source(i).placed(self.maps[i], frame)
 
+    def drawn(self, i: int, frame: Frame) -> np.ndarray:
+        """(height, width) uint8 of the frame: 1 where object i is."""
+        return self._source(i).drawn(self.maps[i], frame)
+
     def changed(self, shapes: Mapping[int, Shape]) -> Outlines:
         """With these masks, in present pixels, in place of those before."""
         if not shapes:
             return self
         sources, maps = list(self.sources), self.maps.copy()
         for i, shape in shapes.items():
-            sources[i], maps[i] = shape, np.eye(3)
+            sources[i], maps[i] = shape, SAME
         return replace(self, sources=tuple(sources), maps=maps)
 
     def _source(self, i: int) -> Shape:
@@ -285,6 +320,8 @@ def shift(x: float, y: float) -> np.ndarray:
 
 def move(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """(n, 2) x, y behind a (3, 3) map, which must leave them before the horizon."""
+    if matrix is SAME:
+        return points
     moved = points @ matrix[:2, :2].T + matrix[:2, 2]
     if matrix[2, 0] or matrix[2, 1]:
         moved = moved / (points @ matrix[2, :2] + matrix[2, 2])[:, None]
@@ -333,6 +370,11 @@ def _has_false_corner(cut: np.ndarray, ring: np.ndarray, frame: Frame) -> bool:
             if at.any() and cv2.pointPolygonTest(contour, (float(x), float(y)), False) < 0:
                 return True
     return False
+
+
+def _holds(frame: Frame, box: np.ndarray) -> bool:
+    left, top, right, bottom = box.tolist()
+    return bool(left >= frame.left and top >= frame.top and right <= frame.right and bottom <= frame.bottom)
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:

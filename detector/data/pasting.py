@@ -18,7 +18,7 @@ def blend(below: np.ndarray, above: np.ndarray, cover: np.ndarray, edge: float) 
     Within `edge` pixels of the cover's rim it fades, so nothing from outside the cover comes along.
     """
     if edge == 0:
-        return np.where(cover[..., None] == 1, above, below)
+        return np.asarray(cv2.copyTo(above, cover, below.copy()))
     rim = cv2.copyMakeBorder(cover, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     depth = cv2.distanceTransform(rim, cv2.DIST_L2, 3)[1:-1, 1:-1]
     weight = np.minimum(depth * np.float32(1 / (edge + 1)), np.float32(1))
@@ -33,11 +33,11 @@ def rasterize(objects: Sample, window: Frame) -> tuple[Sample, np.ndarray]:
     cover, pixels = np.zeros(window.size, dtype=np.uint8), {}
     boxes = objects.boxes.copy()
     for i in range(len(boxes)):
-        shape = outline(objects, i)
-        own = _overlap(shape.bounds(), window)
-        pixels[i] = Bitmap(shape.raster(own), own.left, own.top)
+        own = _overlap(boxes[i], window)
+        pixels[i] = Bitmap(draw(objects, i, own), own.left, own.top)
         boxes[i] = pixels[i].bounds()
-        cover[inside(own, window)] |= pixels[i].pixels
+        part = cover[inside(own, window)]
+        np.maximum(part, pixels[i].pixels, out=part)
     outlines = None if objects.outlines is None else objects.outlines.changed(pixels)
     return take(replace(objects, boxes=boxes, outlines=outlines), np.flatnonzero(boxes.any(1))), cover
 
@@ -56,17 +56,17 @@ def cover_objects(sample: Sample, cover: np.ndarray, window: Frame, visible: flo
         hidden = cover[inside(shared, window)]
         if not hidden.any():
             continue
-        whole = outline(sample, i).raster(own)
+        whole = draw(sample, i, own)
         if not whole.any():  # thinner than a pixel
             whole[:] = 1
         left = whole.copy()
         left[inside(shared, own)] &= 1 - hidden
-        count = int(left.sum())
+        count, before = int(np.count_nonzero(left)), int(np.count_nonzero(whole))
         if shrink and count:
             boxes[i] = _shrunk(boxes[i], whole, left, own)
             rest[i] = Bitmap(left, own.left, own.top)
         thin = bool((boxes[i, 2:] - boxes[i, :2] < 1).any())
-        kept[i] = count > 0 and count >= visible * int(whole.sum()) and not (shrink and thin)
+        kept[i] = count > 0 and count >= visible * before and not (shrink and thin)
     outlines = None if sample.outlines is None else sample.outlines.changed(rest)
     return take(replace(sample, boxes=boxes, outlines=outlines), kept)
 
@@ -76,6 +76,13 @@ def outline(sample: Sample, i: int) -> Shape:
     if sample.outlines is None:
         return Polygons.rectangle(sample.boxes[i])
     return sample.outlines.shape(i, Frame.of(sample.image))
+
+
+def draw(sample: Sample, i: int, frame: Frame) -> np.ndarray:
+    """(height, width) uint8 of the frame: 1 where object i is; all of its box where nothing better is known."""
+    if sample.outlines is None:
+        return Polygons.rectangle(sample.boxes[i]).raster(frame)
+    return sample.outlines.drawn(i, frame)
 
 
 def inside(part: Frame, window: Frame) -> tuple[slice, slice]:

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from detector.data.batch import PADDING
-from detector.data.geometry import follow, keep_visible
+from detector.data.geometry import clip, follow, keep_visible
 from detector.data.outlines import Outlines, move, shift, warp
 from detector.data.sample import Sample
 from detector.data.steps import Augmentation, Extent, ScaleRange, Share
@@ -86,12 +86,18 @@ class RandomPerspective(Augmentation):
 
 def _follow_map(sample: Sample, image: np.ndarray, matrix: np.ndarray, visible: float) -> Sample:
     """The sample's truth behind any map that leaves straight lines straight, on its new image."""
-    outlines = Outlines.boxes(sample.boxes) if sample.outlines is None else sample.outlines
-    outlines = outlines.mapped(matrix)
+    outlines = sample.outlines
+    if outlines is None:
+        boxes = _hulls(sample.boxes, matrix)
+        if (clip(boxes, image) != boxes).any():  # of a turned box that the border cuts, what is left of it
+            outlines = Outlines.boxes(sample.boxes).mapped(matrix)
+    else:
+        outlines = outlines.mapped(matrix)
+        boxes = np.array([outlines.extent(i) for i in range(len(outlines))], dtype=np.float32).reshape(-1, 4)
     moved = replace(
         sample,
         image=image,
-        boxes=np.array([outlines.extent(i) for i in range(len(outlines))], dtype=np.float32).reshape(-1, 4),
+        boxes=boxes,
         crowd=_hulls(sample.crowd, matrix),
         # Not a scaling and a shift, so nothing leads back to original pixels.
         scale=np.full(2, np.nan, dtype=np.float32),

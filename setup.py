@@ -48,6 +48,7 @@ setup(
             "detector-train=detector.cli.train:main",
             "detector-eval=detector.cli.eval:main",
             "detector-predict=detector.cli.predict:main",
+            "detector-browse-data=detector.cli.browse_data:main",
             "detector-check-data=detector.cli.check_data:main",
             "detector-make-shapes=detector.cli.make_shapes:main",
             "detector-config=detector.cli.config:main",

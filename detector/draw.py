@@ -46,15 +46,23 @@ def sample_sheet(batch: Batch, classes: Sequence[str], limit: int = 16, panel: i
 
     `panel`: width and height of one image's place, in pixels.
     """
-    panels = []
-    for i in range(min(len(batch), limit)):
-        picture, scale = canvas.fit(_image(batch, i), panel, panel)
-        objects = batch.objects.select_image(i).to("cpu")
-        _draw_truth(picture, objects, scale, classes)
-        counts = f"{len(objects)} objects" + (f", {len(objects.ignore)} crowds" if len(objects.ignore) else "")
-        panels.append(_framed(picture, panel, f"image {int(batch.ids[i])}: {counts}"))
+    panels = [_sample_panel(batch, i, classes, panel) for i in range(min(len(batch), limit))]
     columns = math.ceil(math.sqrt(len(panels)))
     return _column([_row(panels[i : i + columns]) for i in range(0, len(panels), columns)])
+
+
+def pair_sheet(
+    before: Batch, after: Batch, classes: Sequence[str], titles: Sequence[str], columns: int, panel: int
+) -> np.ndarray:
+    """Each image of `before` beside the one in its place in `after`, with their objects; `columns` pairs in a row.
+
+    `titles`: what to say above each pair.  `panel`: width and height of one image's place, in pixels.
+    """
+    pairs = []
+    for i, title in enumerate(titles):
+        pair = _row([_sample_panel(batch, i, classes, panel) for batch in (before, after)])
+        pairs.append(_framed(pair, pair.shape[1], title))
+    return _column([_row(pairs[i : i + columns]) for i in range(0, len(pairs), columns)])
 
 
 def assignment_sheet(
@@ -107,6 +115,15 @@ def write(path: Path, image: np.ndarray) -> None:
         raise UserError(f"{path}: cannot write this kind of image; use a name that ends in .jpg or .png")
     _, content = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     write_whole(path, content.tobytes())
+
+
+def _sample_panel(batch: Batch, i: int, classes: Sequence[str], panel: int) -> np.ndarray:
+    """One image with its objects, and how many there are."""
+    picture, scale = canvas.fit(_image(batch, i), panel, panel)
+    objects = batch.objects.select_image(i).to("cpu")
+    _draw_truth(picture, objects, scale, classes)
+    counts = f"{len(objects)} objects" + (f", {len(objects.ignore)} crowds" if len(objects.ignore) else "")
+    return _framed(picture, panel, f"image {int(batch.ids[i])}: {counts}")
 
 
 def _draw_truth(picture: np.ndarray, objects: Objects, scale: float, classes: Sequence[str]) -> None:

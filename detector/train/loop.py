@@ -72,7 +72,7 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
     if saved is not None:
         notes += state.restore(saved, files.last)
         files.truncate_metrics(state.step)
-    loader = _loader(config, data, state.step, horizon.total)
+    loader = _loader(config, data, state.step, horizon.total, horizon.epoch(horizon.total))
     validation = Validation(config, val, device)
     stepper = Stepper(state.module, state.optimizer, state.scaler, settings.clip_norm)
     finite = FiniteCheck(device, scaled=state.scaler.is_enabled())
@@ -168,8 +168,8 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
     return Outcome(files, state.step, best, state.numbers, None if complete else stop.name, unreadable())
 
 
-def _loader(config: RunConfig, data: CocoData, start: int, stop: int) -> Loader:
-    """The parts of the steps from `start` to before `stop`."""
+def _loader(config: RunConfig, data: CocoData, start: int, stop: int, epochs: float) -> Loader:
+    """The parts of the steps from `start` to before `stop`, of a run of `epochs` in all."""
     settings = config.train
     return train_loader(
         data,
@@ -184,4 +184,7 @@ def _loader(config: RunConfig, data: CocoData, start: int, stop: int) -> Loader:
         max_unreadable=config.data.max_unreadable,
         rank=rank(),
         world=world_size(),
+        epochs=epochs,
+        partner_cache=config.data.partner_cache,
+        order=config.data.order,
     )

@@ -36,11 +36,13 @@ def collate(
     shape = (len(samples), _up(height, pad_multiple), _up(width, pad_multiple), 3)
     pixels = _allocate(shape)
     block = pixels.numpy()
-    for picture, sample in zip(block, samples, strict=True):
+    # Rows as flat numbers: numpy copies them whole, where a colour of three would be written one number at a time.
+    rows, padding = block.reshape(len(samples), shape[1], -1), np.tile(np.array(PADDING, np.uint8), shape[2])
+    for picture, flat, sample in zip(block, rows, samples, strict=True):
         h, w = sample.image.shape[:2]
         picture[:h, :w] = sample.image
-        picture[h:] = PADDING
-        picture[:h, w:] = PADDING
+        flat[h:] = padding
+        flat[:h, 3 * w :] = padding[3 * w :]
     sizes = torch.tensor([s.image.shape[:2] for s in samples], dtype=torch.float32)
     return Batch(
         images=pixels.permute(0, 3, 1, 2),

@@ -6,6 +6,7 @@ turn it is or the partner of another.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from dataclasses import replace
 from functools import cached_property
@@ -39,14 +40,16 @@ class CocoData:
             raise IndexError(f"image {i} of {len(self.index)}")
         index = self.index
         height, width = index.sizes[i].tolist()
-        rows = index.rows(i)
-        crowd = index.crowd[rows]
+        first = index.rows(i)
+        crowd = index.crowd[first]
+        rows = np.arange(first.start, first.stop)
+        objects, regions = (rows[~crowd], rows[crowd]) if crowd.any() else (rows, rows[:0])
         return Sample(
-            image=read_image(index.image_path(i), (height, width)),
-            boxes=index.boxes[rows][~crowd],
-            labels=index.labels[rows][~crowd].astype(np.int64),
-            rows=np.arange(rows.start, rows.stop)[~crowd],
-            crowd=index.boxes[rows][crowd],
+            image=read_image(os.path.join(index.images, index.file_name(i)), (height, width)),
+            boxes=index.boxes[objects],
+            labels=index.labels[objects].astype(np.int64),
+            rows=objects,
+            crowd=index.boxes[regions],
             image_id=int(index.image_ids[i]),
             original_size=(height, width),
             scale=np.ones(2, dtype=np.float32),

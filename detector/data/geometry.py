@@ -77,5 +77,9 @@ def clip(boxes: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def _map(boxes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    corners = boxes.reshape(-1, 2, 2) * scale + offset
-    return np.concatenate([corners.min(1), corners.max(1)], 1).astype(np.float32)
+    if len(boxes) == 0:
+        return boxes
+    mapped = boxes.reshape(-1, 2, 2) * scale + offset
+    if scale[0] < 0 or scale[1] < 0:  # mirrored: the far corner has become the near one
+        mapped.sort(1)
+    return mapped.astype(np.float32).reshape(-1, 4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
@@ -166,7 +167,7 @@ class Loader:
             )
 
 
-class _Source(Dataset[Any]):
+class _Source(Dataset[Any], ABC):
     """Makes the batch of a list of keys; a user's mistake is returned, so that its text arrives without a traceback."""
 
     def __init__(self, data: CocoData, resize: Sizing, pad_multiple: int) -> None:
@@ -176,15 +177,16 @@ class _Source(Dataset[Any]):
 
     def __getitems__(self, keys: list[Key]) -> Batch | UserError:
         failures: list[str] = []
+        samples = (self.sample(key, failures) for key in keys)
+        canvas = self.resize.canvas(keys[0].choice)
         try:
-            samples = [self.sample(key, failures) for key in keys]
+            return collate(samples, pad_multiple=self.pad_multiple, canvas=canvas, count=len(keys), failures=failures)
         except UserError as error:
             return error
-        canvas = self.resize.canvas(keys[0].choice)
-        return collate(samples, pad_multiple=self.pad_multiple, canvas=canvas, failures=tuple(failures))
 
+    @abstractmethod
     def sample(self, key: Key, failures: list[str]) -> Sample:
-        raise NotImplementedError
+        """The sample of a key; appends a line to `failures` for each image that could not be read."""
 
 
 class TrainSource(_Source):

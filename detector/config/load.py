@@ -9,7 +9,7 @@ import difflib
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +18,8 @@ from detector.config import yaml as files
 from detector.config.plugins import load_sections, tag_of, widen
 from detector.config.run import RunConfig
 from detector.errors import CheckpointError, ConfigError
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -99,7 +101,15 @@ def _find_import(name: str, recipe: Path) -> Path:
 
 def _validate(values: dict[str, Any], document: files.Document) -> RunConfig:
     sections = [s for i in values.get("imports") or [] for s in load_sections(Path(i))]
-    schema = widen(RunConfig, sections) if sections else RunConfig
+    return checked(widen(RunConfig, sections) if sections else RunConfig, values, document)
+
+
+def checked(schema: type[M], values: dict[str, Any], document: files.Document) -> M:
+    """`values` as a section; `document` knows where each of them came from.
+
+    Raises:
+        ConfigError: one line for each mistake.
+    """
     try:
         return schema.model_validate(values)
     except ValidationError as error:

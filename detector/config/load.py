@@ -81,7 +81,7 @@ def find_recipe(path: Path) -> Path:
     for folder in recipe_folders():
         if (folder / relative).is_file():
             return folder / relative
-    known = sorted(p.relative_to(f).as_posix() for f in recipe_folders() for p in f.rglob("*.yaml"))
+    known = recipe_names()
     near = difflib.get_close_matches(relative.as_posix(), known, 1, 0.4)
     raise ConfigError(f"{path}: no such file" + (f" (did you mean the recipe {near[0]!r}?)" if near else ""))
 
@@ -90,6 +90,12 @@ def recipe_folders() -> list[Path]:
     """Where recipes are: inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return [f for f in (package / "recipes", package.parent / "configs") if f.is_dir()]
+
+
+def recipe_names() -> list[str]:
+    """All recipes, relative to their folders; `studies` holds files of another kind."""
+    found = [p.relative_to(f) for f in recipe_folders() for p in f.rglob("*.yaml")]
+    return sorted(p.as_posix() for p in found if p.parts[0] != "studies")
 
 
 def _find_import(name: str, recipe: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from detector.config import yaml as files
-from detector.config.load import checked, find_recipe
+from detector.config.load import checked
 from detector.config.node import Node
 from detector.errors import ConfigError
 
@@ -94,10 +94,7 @@ def load_study(path: Path, overrides: Iterable[str] = ()) -> StudyConfig:
         ConfigError: one line for each mistake: file, key, what was found, what was expected.
     """
     if not path.is_file():
-        try:
-            path = find_recipe(path)
-        except ConfigError:
-            raise ConfigError(f"{path}: no such study file; expected YAML such as configs/studies/quick.yaml") from None
+        raise ConfigError(f"{path}: no such study file; expected YAML such as configs/studies/quick.yaml")
     document = files.read(path, overrides)
     study = checked(StudyConfig, {"name": path.stem, **document.values}, document)
     beside = path.parent / study.recipe

@@ -26,7 +26,8 @@ MATCHES, TREATMENT, ANNOTATIONS = "matches.npz", "treatment.npz", "annotations.j
 def run(folder: Path) -> int:
     """Trains and records the cell in `folder`, whose `cell.json` and `task.json` the study has written."""
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    config = load_config(folder / "cell.json")
+    # Where the cell is now: a study's folder may have been moved.
+    config = load_config(folder / "cell.json", [f"run.dir={json.dumps(str(folder / 'run'))}"])
     begun = (config.folder / "config.yaml").exists() or (config.folder / "last.pt").exists()
     since = time.time()
     try:

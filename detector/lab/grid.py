@@ -9,6 +9,7 @@ from typing import Any
 
 from detector.config.load import find_recipe, load_config
 from detector.config.run import RunConfig
+from detector.config.yaml import COMMAND_LINE
 from detector.errors import ConfigError
 from detector.lab.study import StudyConfig, as_arguments, below, flat, keys_of
 
@@ -83,14 +84,14 @@ def cells(study: StudyConfig, out: Path) -> list[Cell]:
                 try:
                     found.append(Cell(arm, dataset, seed, resolve(study, arm, dataset, seed, folder / "run"), folder))
                 except ConfigError as error:
-                    wrong += [f"arms.{arm} on datasets.{dataset}: {line}" for line in str(error).splitlines()]
+                    wrong += [f"arms.{arm} on datasets.{dataset}: {_bare(line)}" for line in str(error).splitlines()]
     if wrong:
         raise ConfigError("\n".join(dict.fromkeys(wrong)))
     return found
 
 
 def resolve(study: StudyConfig, arm: str, dataset: str, seed: int, run: Path) -> RunConfig:
-    """Recipe, then the data set's overrides, then the arm's, then what the study decides."""
+    """The recipe, changed by what is common to all cells, by the data set, by the arm, by what the study decides."""
     recipe = study.arms[arm].get("recipe", study.recipe)
     beside = Path(study.recipe).parent / recipe
     own = {
@@ -104,7 +105,11 @@ def resolve(study: StudyConfig, arm: str, dataset: str, seed: int, run: Path) ->
         own["train.probe"] = {"images": study.probe}
     return load_config(
         beside if beside.is_file() else find_recipe(Path(recipe)),
-        [*as_arguments(study.datasets[dataset]), *as_arguments(study.arms[arm]), *as_arguments(own)],
+        [
+            text
+            for changes in (study.common, study.datasets[dataset], study.arms[arm], own)
+            for text in as_arguments(changes)
+        ],
     )
 
 
@@ -127,6 +132,11 @@ def differences(study: StudyConfig, grid: list[Cell]) -> list[Difference]:
 def settings_text(cell: Cell) -> str:
     """The configuration as JSON, which is YAML too: what the cell's process is given."""
     return json.dumps(cell.config.model_dump(mode="json"), indent=1) + "\n"
+
+
+def _bare(line: str) -> str:
+    """Without the source of overrides, which are the study's."""
+    return line.removeprefix(f"{COMMAND_LINE}: ")
 
 
 def _short(value: Any) -> str:

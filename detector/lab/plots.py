@@ -123,6 +123,7 @@ def _svg(figure: Figure) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     mark = f"p{zlib.crc32(text.encode()):08x}-"  # two plots that share it are equal, and so are their parts
     text = re.sub(r'id="', f'id="{mark}', text)
     text = re.sub(r"url\(#", f"url(#{mark}", text)

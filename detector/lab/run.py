@@ -136,8 +136,10 @@ class _Process:
             )  # fmt: skip
             self._reader = threading.Thread(target=self._read, daemon=True)
             self._reader.start()
-        except (OSError, UserError) as error:
-            self._tail.append(f"error: {getattr(error, 'strerror', None) or error}")
+        except OSError as error:
+            self._tail.append(f"error: {cell.folder}: cannot write the cell's folder ({error.strerror or error})")
+        except UserError as error:
+            self._tail.append(f"error: {error}")
 
     def poll(self) -> bool:
         """Whether it has ended."""

@@ -37,6 +37,7 @@ class StudyConfig(Node):
 
     name: Name = Field(description="default: the study's file name")
     recipe: str = Field(description="a recipe file beside the study, or the name of one that ships with the package")
+    common: Overrides = Field({}, description="{key: value} for every cell, below what data sets and arms set")
     arms: dict[Name, Overrides] = Field(
         min_length=1,
         description="name: {key: value}; an arm may name another `recipe` to start from",
@@ -79,11 +80,11 @@ class StudyConfig(Node):
             twice = [v for i, v in enumerate(values) if v in values[:i]]
             if twice:
                 raise ValueError(f"{what} names {twice[0]} twice: it would be counted twice; keep one")
-        for kind, sections in (("arms", self.arms), ("datasets", self.datasets)):
+        for kind, sections in (("", {"common": self.common}), ("arms.", self.arms), ("datasets.", self.datasets)):
             for name, changes in sections.items():
                 own = next((k for k in keys_of(changes) if any(f"{k}.".startswith(f"{o}.") for o in OWN)), None)
                 if own is not None:
-                    raise ValueError(f"{kind}.{name}: {own} is set by the study for every cell; leave it out")
+                    raise ValueError(f"{kind}{name}: {own} is set by the study for every cell; leave it out")
         return self
 
 

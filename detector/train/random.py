@@ -28,9 +28,9 @@ class InitialWeights(TorchDispatchMode):
     What is not random (zeros, ones, loaded weights) stays as it is.
 
     Watches the in-place operations on each storage from its last random one on, and repeats them: that covers
-    initialisation in place (`normal_`, `kaiming_uniform_`, ...) and weights loaded over it.  What is drawn elsewhere and
-    copied (`orthogonal_`, `trunc_normal_` where it rejects a draw) is copied again: it depends on the seed and on what
-    was drawn before, which for a backbone, being built first, is nothing.
+    initialisation in place (`normal_`, `kaiming_uniform_`, ...) and weights loaded over it.  What is drawn elsewhere
+    and copied (`orthogonal_`, `trunc_normal_` where it rejects a draw) is copied again: it depends on the seed and on
+    what was drawn before, which for a backbone, being built first, is nothing.
     """
 
     def __init__(self) -> None:

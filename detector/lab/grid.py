@@ -13,6 +13,7 @@ from detector.config.yaml import COMMAND_LINE
 from detector.errors import ConfigError
 from detector.lab.study import StudyConfig, as_arguments, below, flat, keys_of
 
+MAX_DETS = 100
 # Where things are and how fast they go: may change between two calls without making it another run.
 FREE = ("name", "run", "imports", "data.root", "data.workers", "data.max_unreadable", "train.device", "train.threads",
         "train.log_every", "train.save_every", "train.pictures", "train.probe")  # fmt: skip
@@ -103,7 +104,7 @@ def resolve(study: StudyConfig, arm: str, dataset: str, seed: int, run: Path) ->
     }
     if study.probe:
         own["train.probe"] = {"images": study.probe}
-    return load_config(
+    config = load_config(
         beside if beside.is_file() else find_recipe(Path(recipe)),
         [
             text
@@ -111,6 +112,9 @@ def resolve(study: StudyConfig, arm: str, dataset: str, seed: int, run: Path) ->
             for text in as_arguments(changes)
         ],
     )
+    if config.evaluate.max_dets != MAX_DETS:
+        raise ConfigError(f"evaluate.max_dets is {config.evaluate.max_dets}: a study scores with COCO's {MAX_DETS}")
+    return config
 
 
 def differences(study: StudyConfig, grid: list[Cell]) -> list[Difference]:

@@ -14,7 +14,7 @@ from detector.lab import gallery, plots
 from detector.lab.grid import Cell
 from detector.lab.misses import QUALITIES, Seen
 from detector.lab.summary import Spread, Summary
-from detector.lab.survey import POSITIVES, SIZES, curve
+from detector.lab.survey import POSITIVES, SIZES, curve, metrics
 from detector.lab.tables import Table, scores_table, verdict_table
 from detector.train.folder import RunFiles
 
@@ -153,9 +153,9 @@ def _curves(summary: Summary, cells: Sequence[Cell], dataset: str) -> list[Plot]
             found.append(Plot(plots.bands(curves, label, log), f"{caption}{where}{band}"))
 
     add("training loss", "Training loss", lambda c: curve(RunFiles(c.run), "loss", "train"), log=True)
-    add(f"AP ({summary.study.split})", "AP", lambda c: curve(RunFiles(c.run), "AP", "val"))
+    add("AP (val)", "AP", lambda c: curve(RunFiles(c.run), "AP", "val"))
     add("positives an object", "Positives an object while training",
-        lambda c: curve(RunFiles(c.run), "dense/positives_per_object/all", "train"))  # fmt: skip
+        lambda c: _positives(RunFiles(c.run)))  # fmt: skip
     results = {s.cell: s.result for s in summary.finished}
 
     def flips(cell: Cell) -> list[tuple[float, float]]:
@@ -168,6 +168,12 @@ def _curves(summary: Summary, cells: Sequence[Cell], dataset: str) -> list[Plot]
 
     add("share of pairs", "Flip rate: pairs that changed since the epoch before", flips)
     return found
+
+
+def _positives(files: RunFiles) -> list[tuple[float, float]]:
+    """Of the criterion's first assignment, whatever its name."""
+    keys = [key for row in metrics(files)[:1] for key in row if key.endswith("positives_per_object/all")]
+    return curve(files, keys[0], "train") if keys else []
 
 
 _COLUMNS = {
@@ -253,9 +259,9 @@ def _miss_plots(seen: dict[str, list[Seen]], arms: Sequence[str], prefix: str) -
 
 
 def _differences(summary: Summary) -> Table:
-    rows = [(d.arm, d.key, _text(d.baseline), _text(d.value), "" if d.announced else "no")
+    rows = [(d.arm, d.key, _text(d.baseline), _text(d.value), "yes" if d.announced else "no")
             for d in summary.differences]  # fmt: skip
-    return Table("Differences", ("arm", "group", summary.study.reference, "value", "announced"), tuple(rows))
+    return Table("Differences", ("arm", "key", summary.study.reference, "the arm's", "the study says so"), tuple(rows))
 
 
 def _text(value: Any) -> str:

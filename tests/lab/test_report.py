@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,25 @@ def test_what_it_says(done: Place) -> None:
     assert page.count('class="scene"') == 2
     assert page.count("data-rule=") >= 4
     assert page.count('<svg class="plot"') > 8
+
+
+def test_a_profile_over_several_data_sets(copy: Callable[[], Place]) -> None:
+    """Three data sets of one kind: the profile, and everything else for each of them."""
+    here = copy()
+    here.change("seeds: [0, 1]", "seeds: [0, 1]\ndatasets: {dense: {}, tiny: {}, nested: {}}")
+    for name in ("dense", "tiny", "nested"):
+        shutil.copytree(here.out / "cells" / "data", here.out / "cells" / name)
+    assert here.compare("--report-only") == 0
+    page = (here.out / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Profile</h2>" in page
+    assert "12 of 12 cells finished" in page
+    for name in ("dense", "tiny", "nested"):
+        assert f"AP by class on {name}." in page
+    summary = json.loads((here.out / "summary.json").read_text())
+    families = [r["comparisons"]["AP"] for r in summary["rows"] if r["comparisons"]]
+    assert len(families) == 3
+    for comparison in families:  # three comparisons are one family
+        assert comparison["corrected_p"] == pytest.approx(min(1, 3 * comparison["p"]))
 
 
 @pytest.fixture(scope="module")

@@ -259,6 +259,11 @@ def test_a_stopped_study_stops_its_cells(fresh: Place) -> None:
         ("{assigner.type: atss}", "{seed: 3}", "arms.one: seed is set by the study"),
         ("{assigner.type: atss}", "{train: {threads: 3}}", "arms.one: train.threads is set by the study"),
         ("  one:", "  a/b:", "arms"),
+        (
+            "seeds:",
+            "common: {evaluate.max_dets: 300}\nseeds:",
+            "evaluate.max_dets is 300: a study scores with COCO's 100",
+        ),
     ],
 )
 def test_mistakes_are_said_before_anything_runs(

@@ -99,7 +99,19 @@ def load_study(path: Path, overrides: Iterable[str] = ()) -> StudyConfig:
     document = files.read(path, overrides)
     study = checked(StudyConfig, {"name": path.stem, **document.values}, document)
     beside = path.parent / study.recipe
-    return study.model_copy(update={"recipe": str(beside)}) if beside.is_file() else study
+    found: dict[str, Any] = {"recipe": str(beside)} if beside.is_file() else {}
+    found["common"] = _with_imports(study.common, path.parent)
+    for name, sections in (("arms", study.arms), ("datasets", study.datasets)):
+        found[name] = {key: _with_imports(changes, path.parent) for key, changes in sections.items()}
+    return study.model_copy(update=found)
+
+
+def _with_imports(changes: Overrides, folder: Path) -> Overrides:
+    """Plug-in files that lie beside the study by their full paths; a recipe looks for them beside itself."""
+    if not isinstance(changes.get("imports"), list):
+        return changes
+    paths = [str((folder / str(p)).resolve()) if (folder / str(p)).is_file() else p for p in changes["imports"]]
+    return {**changes, "imports": paths}
 
 
 def as_arguments(changes: Overrides) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from detector.config.load import load_config
 from detector.data.loader import train_loader
 from detector.errors import ConfigError, UserError
-from detector.lab.grid import cells, differences
+from detector.lab.grid import cells, differences, settings_text
 from detector.lab.lock import locked
 from detector.lab.run import Runner, standing, task_of
 from detector.lab.study import flat, keys_of, load_study
@@ -302,6 +302,21 @@ def test_what_an_arm_says(fresh: Place) -> None:
         "assigner", "train.length.steps", "decode.nms_iou"
     ]  # fmt: skip
     assert flat({"a": {"b": 1, "c": [2]}, "d": {}}) == {"a.b": 1, "a.c": [2], "d": {}}
+
+
+def test_an_arm_may_bring_a_rule_of_its_own(fresh: Place) -> None:
+    """A file beside the study; the cell's process is given all that it needs to find it."""
+    (fresh.folder / "own.py").write_text(
+        "from typing import Literal\nfrom detector.assign import Fcos\n\n"
+        "class Mine(Fcos):\n    type: Literal['mine'] = 'mine'  # type: ignore\n    extra: int = 3\n"
+    )
+    fresh.change("{assigner: {type: fcos}}", "{imports: [own.py], assigner: {type: mine, extra: 4}}")
+    study = load_study(fresh.study)
+    cell = cells(study, fresh.out)[1]
+    cell.folder.mkdir(parents=True)
+    cell.settings.write_text(settings_text(cell))
+    assert load_config(cell.settings).assigner.model_dump() == {**cell.config.assigner.model_dump(), "extra": 4}
+    assert cell.config.assigner.type == "mine"
 
 
 def test_a_lock_that_cannot_be_made(tmp_path: Path) -> None:

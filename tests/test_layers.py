@@ -29,6 +29,7 @@ LAYERS = (
     # RunConfig knows the sections of the trainer, which stand alone; the loop knows RunConfig.
     ("detector.config", "detector.train"),
     ("detector.predict", "detector.media", "detector.bench"),
+    ("detector.lab",),
     ("detector.cli",),
 )
 # Siblings that do not know each other.

@@ -24,6 +24,7 @@ def recipes() -> list[object]:
             p, id=p.relative_to(CONFIGS).with_suffix("").as_posix(), marks=[pytest.mark.slow] if p in slow else []
         )
         for p in sorted(CONFIGS.rglob("*.yaml"))
+        if p.parent.name != "studies"
     ]
 
 

@@ -35,7 +35,7 @@ from detector.train.checkpoint import load_checkpoint
 from detector.train.device import find_device
 
 if TYPE_CHECKING:
-    from detector.models.dense import DenseDetector
+    from detector.models import Network
 
 # A path, an array (H, W, 3) uint8 RGB, or a Pillow image.
 AnyImage = str | PathLike[str] | np.ndarray | Image.Image
@@ -65,7 +65,7 @@ class Detector:
     def __init__(
         self,
         *,
-        model: DenseDetector,
+        model: Network,
         classes: Sequence[str],
         resize: Resize,
         pad_multiple: int,
@@ -98,7 +98,7 @@ class Detector:
     def _detect(self, images: list[np.ndarray]) -> list[Found]:
         samples = [self._resize(_sample(image)) for image in images]
         batch = collate(samples, pad_multiple=self._pad_multiple, canvas=self._resize.canvas()).to(self.device)
-        outputs = self._model(batch.images)
+        outputs = self._model(batch.images, sizes=batch.sizes)
         outputs = replace(outputs, box_raw=outputs.box_raw.float())  # coordinates need more digits than half has
         found = to_original(decode(outputs, batch.sizes, self._decode), batch)
         return [self._named(detections.cpu()) for detections in found]
@@ -146,7 +146,7 @@ def load(
 class Restored:
     """A trained network with what belongs to it."""
 
-    model: DenseDetector  # on the CPU, in evaluation mode
+    model: Network  # on the CPU, in evaluation mode
     classes: tuple[str, ...]
     config: RunConfig
     averaged: bool  # whether these are the averaged weights

@@ -19,6 +19,7 @@ from detector.decode import DecodeConfig
 from detector.evaluate.config import EvaluateConfig
 from detector.losses.criteria import WITHOUT_RULE, AnyCriterion
 from detector.losses.dense import DenseCriterionConfig
+from detector.losses.two_stage import CrossEntropy
 from detector.models import Model
 from detector.train.config import TrainConfig
 
@@ -68,20 +69,41 @@ class RunConfig(Node):
         return self
 
     @model_validator(mode="after")
-    def _quality_needs_its_branch(self) -> RunConfig:
-        if self.criterion.uses_quality and not self.model.head.quality:
-            dense = self.criterion.type == "dense"
-            what = "quality is set" if dense else f"type {self.criterion.type!r} needs an objectness"
-            instead = ", or criterion.quality=null" if dense else ""
-            raise ValueError(f"criterion.{what} but model.head.quality is false: set model.head.quality=true{instead}")
-        if not self.criterion.uses_quality and self.model.head.quality:
-            also = "set criterion.quality, or " if self.criterion.type == "dense" else "set "
-            raise ValueError(f"model.head.quality is true but nothing would train it: {also}model.head.quality=false")
+    def _criterion_fits_the_model(self) -> RunConfig:
+        model, criterion = self.model, self.criterion
+        if (model.type == "dense") != (criterion.type != "two_stage"):
+            raise ValueError(
+                f"model.type {model.type!r} does not go with criterion.type {criterion.type!r}:"
+                f" set criterion.type={'dense' if model.type == 'dense' else 'two_stage'}"
+            )
+        if model.type == "dense":
+            return self._dense_head_fits()
+        assert criterion.type == "two_stage"
+        if len(model.stages) != len(criterion.stage_weights):
+            raise ValueError(
+                f"the model has {len(model.stages)} box heads, but criterion.stage_weights are"
+                f" {list(criterion.stage_weights)}: give one for each"
+            )
+        softmax = isinstance(criterion.classification, CrossEntropy)
+        if softmax != (model.head.classifier == "softmax"):
+            raise ValueError(
+                f"model.head.classifier is {model.head.classifier!r} but criterion.classification is"
+                f" {criterion.classification.type!r}: softmax goes with cross_entropy, sigmoid with bce and focal"
+            )
         return self
 
-    @model_validator(mode="after")
-    def _boxes_fit_the_losses(self) -> RunConfig:
-        objection = self.criterion.objection(self.model.head.output_coder)
+    def _dense_head_fits(self) -> RunConfig:
+        assert self.model.type == "dense"
+        head, criterion = self.model.head, self.criterion
+        dense = criterion.type == "dense"
+        if criterion.uses_quality and not head.quality:
+            what = "quality is set" if dense else f"type {criterion.type!r} needs an objectness"
+            instead = ", or criterion.quality=null" if dense else ""
+            raise ValueError(f"criterion.{what} but model.head.quality is false: set model.head.quality=true{instead}")
+        if not criterion.uses_quality and head.quality:
+            also = "set criterion.quality, or " if dense else "set "
+            raise ValueError(f"model.head.quality is true but nothing would train it: {also}model.head.quality=false")
+        objection = criterion.objection(head.output_coder)
         if objection is not None:
             raise ValueError(objection)
         return self

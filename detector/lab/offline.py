@@ -18,6 +18,7 @@ from detector.data.coco import CocoData, CocoIndex
 from detector.errors import DataError, UserError
 from detector.lab.survey import survey
 from detector.lab.treatment import Treatment, agreement, concatenate, treat
+from detector.models import Network
 from detector.models.dense import DenseDetector
 from detector.predict import restore
 from detector.structures import Assignment, Batch, Predictions, Priors
@@ -51,18 +52,27 @@ def network(config: RunConfig, classes: Sequence[str], checkpoint: Path | None) 
 
     Raises:
         CheckpointError: the file is missing or damaged.
-        UserError: the checkpoint knows other classes.
+        UserError: the checkpoint knows other classes, or the network has no dense head.
     """
     if checkpoint is None:
         torch.manual_seed(0)
-        return config.model.build(len(classes), load_weights=False).eval(), False
+        return _dense(config.model.build(len(classes), load_weights=False).eval(), config.model.type), False
     restored = restore(checkpoint)
     if restored.classes != tuple(classes):
         raise UserError(
             f"{checkpoint}: was trained for the classes {', '.join(restored.classes)}, the data have"
             f" {', '.join(classes)}; use the data it was trained on"
         )
-    return restored.model, True
+    return _dense(restored.model, restored.config.model.type), True
+
+
+def _dense(model: Network, kind: str) -> DenseDetector:
+    if not isinstance(model, DenseDetector):
+        raise UserError(
+            f"model.type {kind!r}: rules are looked at on a dense head, which this is not; take a recipe with model.type"
+            " 'dense'"
+        )
+    return model
 
 
 def scenes(

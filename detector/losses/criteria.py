@@ -10,9 +10,12 @@ from detector.config.node import default_type
 from detector.losses.auto_assign import AutoAssignConfig
 from detector.losses.dense import DenseCriterionConfig
 from detector.losses.free_anchor import FreeAnchorConfig
+from detector.losses.two_stage import TwoStageCriterionConfig
 
 AnyCriterion = Annotated[
-    DenseCriterionConfig | FreeAnchorConfig | AutoAssignConfig, Field(discriminator="type"), default_type("dense")
+    DenseCriterionConfig | FreeAnchorConfig | AutoAssignConfig | TwoStageCriterionConfig,
+    Field(discriminator="type"),
+    default_type("dense"),
 ]
 
 # Types of those that match priors to objects by themselves.

@@ -53,7 +53,7 @@ class DenseDetector(nn.Module):
         # The order that convolutions are fastest in: on GPUs in half precision, on CPUs with AVX-512.
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, objects: Objects | None = None) -> Outputs:
-        """`objects` are for models whose forward pass depends on the truth; this one does without."""
+    def forward(self, images: Tensor, objects: Objects | None = None, sizes: Tensor | None = None) -> Outputs:
+        """`objects` and `sizes` are for models whose forward pass depends on the truth, or on where images end."""
         images = images.contiguous(memory_format=torch.channels_last).to(self.scale.dtype)
         return self.head(self.neck(self.backbone(torch.addcmul(self.shift, images, self.scale))))

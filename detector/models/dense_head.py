@@ -31,6 +31,7 @@ class DenseHeadConfig(HeadConfig):
     type: Literal["dense"] = "dense"
     convs: int = Field(4, ge=0, description="convolutions of a tower before the one that predicts")
     shared_tower: bool = Field(False, description="one tower for classes and boxes: light")
+    predict_kernel: Literal[1, 3] = Field(3, description="side of the convolutions that predict: 1 in an RPN")
 
     def build(self, in_channels: int, strides: Sequence[int], num_classes: int) -> DenseHead:
         return DenseHead(self, in_channels, strides, num_classes)
@@ -110,7 +111,7 @@ class DenseHead(GridHead):
         width = config.channels if config.convs else in_channels
 
         def predict(numbers: int) -> nn.Module:
-            return conv2d(width, config.priors.per_cell * numbers, 3, kind=config.conv)
+            return conv2d(width, config.priors.per_cell * numbers, config.predict_kernel, kind=config.conv)
 
         self.class_tower = Tower(in_channels, config, len(strides))
         self.box_tower = None if config.shared_tower else Tower(in_channels, config, len(strides))

@@ -15,12 +15,13 @@ from pydantic import Field
 from torch import Tensor
 from torchvision.ops import nms
 
-from detector.boxes import clip
+from detector.boxes import all_pairs_iou, clip
 from detector.config.node import Node
 from detector.structures import Detections, Outputs
 
 # NMS first sees this many times as many candidates of an image as it may give.
 STARTS_WITH = 5
+LEAST_VOTING_IOU = 0.01
 
 
 class DecodeConfig(Node):
@@ -31,10 +32,18 @@ class DecodeConfig(Node):
     quality: Literal["product", "geometric", "ignore"] = Field(
         "product", description="score = class * quality, its square root, or class alone; after threshold and topk"
     )
+    threshold_on: Literal["class", "score"] = Field(
+        "class", description="what `score_threshold` looks at: the class score alone, or the final score (PAA)"
+    )
     min_size: float = Field(0.0, ge=0, description="network pixels; boxes not wider and higher than this are dropped")
     nms_iou: float = Field(0.6, ge=0, le=1, description="of two boxes with more than this, the lower-scored is dropped")
     class_aware: bool = Field(True, description="only boxes of one class suppress each other")
     max_detections: int = Field(100, ge=1, description="of an image")
+    score_voting: float | None = Field(
+        None,
+        gt=0,
+        description="sigma of PAA's score voting, 0.025 there: boxes are moved by those like them; null: off",
+    )
 
 
 @torch.no_grad()
@@ -63,7 +72,11 @@ def decode(outputs: Outputs, sizes: Tensor, config: DecodeConfig) -> list[Detect
     group = image * num_classes + label if config.class_aware else image
     chosen = _best(boxes, scores, group, image, batch, config)
     found = torch.bincount(image[chosen], minlength=batch).tolist()
-    parts = (boxes[chosen].split(found), scores[chosen].split(found), label[chosen].split(found))
+    final = boxes[chosen]
+    if config.score_voting is not None:
+        counts = torch.bincount(image, minlength=batch).tolist()
+        final = _vote(boxes, scores, label, chosen, list(zip(counts, found, strict=True)), config.score_voting)
+    parts = (final.split(found), scores[chosen].split(found), label[chosen].split(found))
     return [Detections(*each) for each in zip(*parts, strict=True)]
 
 
@@ -87,7 +100,7 @@ def _candidates(logits: Tensor, level_sizes: tuple[int, ...], topk: int) -> tupl
 
 
 def _scores(outputs: Outputs, prior: Tensor, label: Tensor, config: DecodeConfig) -> tuple[Tensor, Tensor]:
-    """(B, M) final scores, and (B, M) whether the class score alone passes the threshold."""
+    """(B, M) final scores, and (B, M) whether the one that `threshold_on` says passes the threshold."""
     num_classes = outputs.class_logits.shape[2]
     scores = outputs.class_logits.flatten(1).gather(1, prior * num_classes + label).float().sigmoid()
     above = scores > config.score_threshold
@@ -95,6 +108,8 @@ def _scores(outputs: Outputs, prior: Tensor, label: Tensor, config: DecodeConfig
         return scores, above
     scores = scores * outputs.quality_logits.gather(1, prior).float().sigmoid()
     scores = scores.sqrt() if config.quality == "geometric" else scores
+    if config.threshold_on == "score":
+        return scores, scores > config.score_threshold
     return scores, above & (scores >= 0)  # a NaN quality is not
 
 
@@ -114,6 +129,27 @@ def _best(boxes: Tensor, scores: Tensor, group: Tensor, image: Tensor, batch: in
         found = torch.bincount(image[kept], minlength=batch)
     kept = kept.sort().values
     return kept[_rank(image[kept], found) < config.max_detections]
+
+
+def _vote(
+    boxes: Tensor, scores: Tensor, label: Tensor, chosen: Tensor, counts: list[tuple[int, int]], sigma: float
+) -> Tensor:
+    """(D, 4), ... and the chosen of them -> (n, 4): each box is the mean of all candidates of its image and class.
+
+    They weigh score * exp(-(1 - IoU)^2 / sigma), from an IoU of 0.01 (Kim and Lee, "PAA", ECCV 2020).
+    counts: of each image, how many candidates and how many chosen; both are sorted by image.
+    """
+    voted, start = [], 0
+    for mine, (candidates, _) in zip(chosen.split([n for _, n in counts]), counts, strict=True):
+        own, value = boxes[start : start + candidates], scores[start : start + candidates]
+        iou = all_pairs_iou(boxes[mine], own)
+        weight = value * (-(1 - iou).square() / sigma).exp()
+        weight *= (iou > LEAST_VOTING_IOU) & (label[mine, None] == label[start : start + candidates])
+        mean = weight @ own / weight.sum(1, keepdim=True).clamp(min=1e-12)
+        # Below the precision of float32 (a score of 0) nobody votes.
+        voted.append(torch.where(weight.sum(1, keepdim=True) > 0, mean, boxes[mine]))
+        start += candidates
+    return torch.cat(voted)
 
 
 def _rank(image: Tensor, counts: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from detector.decode import DecodeConfig, decode
 from detector.errors import CheckpointError, DataError
 from detector.evaluate.runner import to_original
 from detector.models.fold import fold_batch_norm
-from detector.models.layers import Precision
+from detector.models.layers import DTYPES, Precision
 from detector.structures import Detections
 from detector.train.checkpoint import load_checkpoint
 from detector.train.device import find_device
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 # A path, an array (H, W, 3) uint8 RGB, or a Pillow image.
 AnyImage = str | PathLike[str] | np.ndarray | Image.Image
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Detector:
         self.classes = tuple(classes)
         self.device, self.precision = device, precision
         self._resize, self._pad_multiple, self._decode = resize, pad_multiple, decode_config
-        self._model: nn.Module = fold_batch_norm(model).to(device=device, dtype=_DTYPES[precision])
+        self._model: nn.Module = fold_batch_norm(model).to(device=device, dtype=DTYPES[precision])
 
     @overload
     def __call__(self, images: AnyImage) -> Found: ...

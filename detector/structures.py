@@ -202,6 +202,9 @@ class Assignment:
     weight: Tensor  # (P,) float32 weight of the pair in the losses; 0 for padding
     ignored: Tensor  # (B, R) bool: in no loss
     background_weight: Tensor | None = None  # (B, R, K) weight of "not of this class"; None means 1
+    # A rule that gives `background_weight` says whether its weights hold already how wrong the head is (DW: True), so
+    # that the class loss leaves its focal factor out, or do not (Gaussian negatives: False).
+    modulated: bool | None = None
 
     def per_prior(self) -> Tensor:
         """(B, R) int64, the exclusive view: an object's index, BACKGROUND or IGNORED.  For tests and pictures."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from detector.bench import assignment, inference, loading, scoring, train_step
 from detector.bench.document import update
 from detector.bench.measure import Table, Target, Times, peak_bytes, take_turns
-from detector.bench.networks import NUM_CLASSES, methods, random_images, random_objects
+from detector.bench.networks import NUM_CLASSES, PRECISIONS, methods, random_images, random_objects
 from detector.cli.benchmark import main
+from detector.models.layers import Precision
+from detector.models.priors import Points
 
 CPU = torch.device("cpu")
 
@@ -63,6 +66,39 @@ def test_assigners_equal_the_dense_version(name: str, rule, kind) -> None:  # ty
     assert (alone["bytes"], alone["same"], alone["dense_seconds"]) == (result["bytes"], None, None)
 
 
+@pytest.mark.parametrize(("name", "rule", "by_class"), assignment.PREDICTED_CASES)
+def test_rules_that_look_at_predictions_equal_the_dense_version(name: str, rule, by_class) -> None:  # type: ignore[no-untyped-def]
+    priors = assignment.make_priors(Points(), (128, 160), CPU)
+    objects, said = random_objects(2, 5, (128, 160)), assignment.random_predictions(priors, 2)
+    dense = assignment.load_dense("assign_predicted", "dense_predicted")
+    result = assignment.measure(rule, priors, objects, dense, CPU, 0, said)
+    assert result["same"] is True, name
+    index, quality = dense(rule, priors, objects, said)  # type: ignore[misc]
+    assert (index >= 0).any()
+    found = rule(priors, objects, said)
+    assert assignment._same(found, (index, quality))
+    assert not assignment._same(found, (index, quality + 0.001))
+    assert not assignment._same(found, (index.roll(1), quality))
+
+
+@pytest.mark.parametrize(("name", "rule"), assignment.PAIR_CASES)
+def test_rules_of_pairs_equal_the_dense_version(name: str, rule) -> None:  # type: ignore[no-untyped-def]
+    priors = assignment.make_priors(Points(), (128, 160), CPU)
+    objects, said = random_objects(2, 5, (128, 160)), assignment.random_predictions(priors, 2)
+    dense = assignment.load_dense("rules_dense", "dense_rule")
+    assert assignment.measure(rule, priors, objects, dense, CPU, 0, said)["same"] is True, name
+    expected = dense(rule, priors, objects, said)  # type: ignore[misc]
+    found = rule(priors, objects, said)
+    assert assignment._same(found, expected)
+    assert not assignment._same(found, replace(expected, weight=expected.weight * 1.001))
+    assert not assignment._same(found, replace(expected, object=9 - expected.object))
+    assert not assignment._same(found, replace(expected, ignored=~expected.ignored))
+    if expected.background_weight is not None:
+        assert not assignment._same(found, replace(expected, background_weight=expected.background_weight + 0.001))
+    else:
+        assert not assignment._same(found, replace(expected, background_weight=torch.ones(2, len(priors), 80)))
+
+
 def test_a_wrong_assigner_is_found_out() -> None:
     _, rule, kind = assignment.CASES[1]
     priors, objects = assignment.make_priors(kind, (128, 160), CPU), random_objects(1, 5, (128, 160))
@@ -93,13 +129,15 @@ def test_so_many_candidates_pass_the_threshold(name: str) -> None:
     assert int((scores > inference.THRESHOLD).sum()) == pytest.approx(2 * inference.CANDIDATES, rel=0.05)
 
 
-def test_all_sides_of_a_train_step_run() -> None:
-    times = train_step.compare(methods("resnet18", 32)["FCOS"], CPU, side=64, turns=1)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_sides_of_a_train_step_run(precision: Precision) -> None:
+    times = train_step.compare(methods("resnet18", 32)["FCOS"], CPU, side=64, turns=1, precision=precision)
     assert set(times.seconds) == {"ours", "bare", "peer"}
 
 
-def test_all_sides_of_inference_run() -> None:
-    times, found = inference.compare(methods("resnet18", 32)["RetinaNet"], CPU, side=64, turns=1)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_sides_of_inference_run(precision: Precision) -> None:
+    times, found = inference.compare(methods("resnet18", 32)["RetinaNet"], CPU, side=64, turns=1, precision=precision)
     assert set(times.seconds) == {"ours", "network", "peer"}
     assert min(found) > 0
 
@@ -146,7 +184,7 @@ def test_command_writes_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "'speed': expected one or several of train, infer, assign, load, evaluate, or all"),
+        (["speed"], "'speed': expected one or several of train, infer, assign, load, evaluate, augment, or all"),
         (["--threads", "0"], "--threads: expected at least 1"),
         (["--quick", "--markdown", "x.md"], "--markdown: the times of a --quick run say nothing"),
     ],

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
 from detector.coders import Coder, Deltas, Distances
 from detector.decode import DecodeConfig, _best, _candidates, decode
@@ -91,6 +91,10 @@ GOLDEN = {
     "predict_atss": (Deltas(std=(0.1, 0.1, 0.2, 0.2)), DecodeConfig()),
     "predict_retina": (Deltas(), DecodeConfig(nms_iou=0.5)),
     "predict_retina_empty": (Deltas(), DecodeConfig(nms_iou=0.5)),
+    "predict_paa": (
+        Deltas(std=(0.1, 0.1, 0.2, 0.2)),
+        DecodeConfig(quality="geometric", threshold_on="score", score_voting=0.025),
+    ),
 }
 
 
@@ -104,6 +108,9 @@ def test_golden(golden, name: str) -> None:  # type: ignore[no-untyped-def]
     detections = decode(outputs, setup["image_hw"].float(), config)
     for i, found in enumerate(detections):
         expected, scale = file.scenario(f"image{i}"), setup["scale_factor_wh"][i]
+        if name == "predict_paa":  # grouped by class, in each by falling score
+            order = expected["scores"].argsort(descending=True)
+            expected = {key: value[order] for key, value in expected.items()}
         assert found.labels.tolist() == expected["labels"].tolist()
         torch.testing.assert_close(found.scores, expected["scores"])
         torch.testing.assert_close(found.boxes / scale.repeat(2), expected["boxes"], atol=1e-4, rtol=1e-5)
@@ -123,8 +130,45 @@ def _golden_outputs(setup: dict[str, Tensor], given: dict[str, Tensor], coder: C
         box = box / stride[:, None]  # the peer's distances are in pixels
     else:
         boxes = setup["anchors"]
-    quality = given["centerness"][..., 0] if "centerness" in given else None
+    quality = next((given[k][..., 0] for k in ("centerness", "iou") if k in given), None)
     return Outputs(Priors(boxes, stride, tuple(level_sizes)), given["cls"], box, quality, coder)
+
+
+def test_score_voting_box_by_box() -> None:
+    """Against the definition: only boxes of the same class and image vote, and scores stay."""
+    config = DecodeConfig(quality="geometric", threshold_on="score", score_threshold=0.2, max_detections=20)
+    outputs, sizes = _outputs(mean=-1), torch.tensor([[128.0, 160], [101, 146], [60, 160]])
+    everything = decode(outputs, sizes, config.model_copy(update={"nms_iou": 1.0, "max_detections": 10_000}))
+    plain = decode(outputs, sizes, config)
+    voted = decode(outputs, sizes, config.model_copy(update={"score_voting": 0.025}))
+    moved = 0.0
+    for all_of_it, before, after in zip(everything, plain, voted, strict=True):
+        assert torch.equal(before.scores, after.scores)
+        assert torch.equal(before.labels, after.labels)
+        for box, label, found in zip(before.boxes, before.labels, after.boxes, strict=True):
+            total, mean = 0.0, torch.zeros(4, dtype=torch.float64)
+            for other, score, of in zip(all_of_it.boxes, all_of_it.scores, all_of_it.labels, strict=True):
+                iou = float(box_iou(box[None], other[None]))
+                if of == label and iou > 0.01:
+                    vote = float(score) * math.exp(-((1 - iou) ** 2) / 0.025)
+                    total, mean = total + vote, mean + vote * other.double()
+            torch.testing.assert_close(found.double(), mean / total, rtol=1e-4, atol=1e-4)
+            moved += float((found - box).abs().max())
+    assert moved > 10
+
+
+def test_score_voting_of_nothing() -> None:
+    outputs = _outputs(mean=-30)
+    config = DecodeConfig(score_voting=0.025, threshold_on="score")
+    assert [len(x) for x in decode(outputs, torch.full((3, 2), 120.0), config)] == [0, 0, 0]
+
+
+def test_the_threshold_is_on_the_class_or_on_the_final_score() -> None:
+    outputs, sizes = _outputs(), torch.full((3, 2), 120.0)
+    by_class = decode(outputs, sizes, DecodeConfig(score_threshold=0.1, max_detections=1000))
+    by_score = decode(outputs, sizes, DecodeConfig(score_threshold=0.1, threshold_on="score"))
+    assert min(float(x.scores.min()) for x in by_class) < 0.1
+    assert min(float(x.scores.min()) for x in by_score) > 0.1
 
 
 @pytest.mark.parametrize("scenario", ["typical", "crowded", "one", "zero"])

@@ -20,6 +20,7 @@ LAYERS = (
         "detector.canvas",
         "detector.config.node",
         "detector.config.yaml",
+        "detector.train.length",
     ),
     ("detector.boxes", "detector.coders", "detector.structures"),
     ("detector.data", "detector.models", "detector.assign"),
@@ -28,6 +29,7 @@ LAYERS = (
     # RunConfig knows the sections of the trainer, which stand alone; the loop knows RunConfig.
     ("detector.config", "detector.train"),
     ("detector.predict", "detector.media", "detector.bench", "detector.convert"),
+    ("detector.lab",),
     ("detector.cli",),
 )
 # Siblings that do not know each other.

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -27,6 +27,9 @@ from torch import Tensor
 
 from detector.config.node import Node
 from detector.structures import IGNORED, Assignment, Objects, Predictions, Priors
+
+if TYPE_CHECKING:
+    from detector.train.length import Horizon
 
 PAIRS_AT_ONCE = 1 << 18  # (object, prior) pairs looked at together where all of them must be; bounds the memory
 
@@ -40,11 +43,15 @@ class Assigner(Node):
     """
 
     uses_predictions: ClassVar[bool] = False  # False: labels can be made, cached and drawn without a model
+    soft_quality: ClassVar[bool] = False  # True: class targets say how good the pair is, False: all are 1
+    synchronises: ClassVar[bool] = False  # True: waits for the device
+    shares: ClassVar[bool] = False  # True: a prior may learn several objects
     takes_proposals: ClassVar[bool] = False  # `assign` knows priors that differ by image; if not, images go one by one
 
     crowd_coverage: float = Field(
         default=0.5, ge=0, le=1
     )  # a prior with more of its area in one crowd region is ignored
+    keep_one: bool = Field(default=False, description="give objects left without a prior the best one near (keep.py)")
 
     def __call__(self, priors: Priors, objects: Objects, predictions: Predictions | None = None) -> Assignment:
         """Assign a whole batch.
@@ -58,12 +65,17 @@ class Assigner(Node):
         """
         _check(priors, objects, predictions, self)
         with torch.no_grad(), _full_precision(priors.boxes.device):
+            said = None if predictions is None else _to_float(predictions)
             if len(objects):
-                floats = None if predictions is None else _to_float(predictions)
                 one_by_one = priors.per_image and not self.takes_proposals
-                found = (self._assign_images if one_by_one else self.assign)(priors, objects, floats)
+                found = (self._assign_images if one_by_one else self.assign)(priors, objects, said)
+                if self.keep_one:
+                    from detector.assign.keep import keep_one  # which is built on this file
+
+                    looks = said if self.uses_predictions else None
+                    found = keep_one(found, priors, objects, looks, self.soft_quality)
             else:
-                found = nothing(priors, objects)
+                found = self.without_objects(priors, objects, said)
             ignored = found.ignored
             if len(objects.ignore):
                 ignored = ignored | crowded(priors, objects, self.crowd_coverage)
@@ -72,6 +84,14 @@ class Assigner(Node):
             paired = torch.zeros(ignored.numel(), dtype=torch.uint8, device=ignored.device)
             paired.scatter_reduce_(0, found.prior, (found.weight > 0).to(torch.uint8), "amax")
             return replace(found, ignored=ignored & (paired == 0).view_as(ignored))
+
+    def at(self, step: int, horizon: Horizon) -> Assigner:
+        """The rule as it is in step `step` (from 0) of a run: a pure function, for rules that change (schedule.py)."""
+        return self
+
+    def notes(self, horizon: Horizon) -> list[str]:
+        """Sentences about what in the rule does not fit the run's length."""
+        return []
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         """The whole batch, N > 0; predictions are finite float32.  Unless overridden: one image after the other."""
@@ -82,7 +102,8 @@ class Assigner(Node):
         for i in range(objects.batch_size):
             mine = (objects.image == i).nonzero().squeeze(1)
             if not len(mine):
-                parts.append(nothing(priors, objects.select_image(i)))
+                said = None if predictions is None else predictions.select_image(i)
+                parts.append(self.without_objects(priors, objects.select_image(i), said))
                 continue
             said = None if predictions is None else predictions.select_image(i)
             single = self.assign_image if type(self).assign is Assigner.assign else self.assign
@@ -100,7 +121,12 @@ class Assigner(Node):
             background_weight=None
             if full is None
             else torch.cat([torch.ones_like(full) if w is None else w for w in weights]),
+            modulated=next((one.modulated for one in parts if one.modulated is not None), None),
         )
+
+    def without_objects(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
+        """A batch in which nothing is to be found; a rule that weighs the background of such images says so here."""
+        return nothing(priors, objects)
 
     def assign_image(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         """One image with at least one object, as a batch of one; for rules where speed does not matter."""

@@ -187,21 +187,39 @@ class Candidates(NamedTuple):
     size: Tensor  # (N, C, 2) float32 width, height
 
 
-def nearest_priors(priors: Priors, centers: Tensor, k: int) -> Candidates:
+class Measure(NamedTuple):
+    """How far a prior is: what its distances in x and y, in the object's own units, are raised to and added up."""
+
+    power: int = 2
+    unit: Tensor | None = None  # (N, 2) pixels; None: 1
+
+    def __call__(self, gap: Tensor, axis: int) -> Tensor:
+        """gap: (N, ..., 2, ...) float64 with x and y along `axis`."""
+        if self.unit is not None:
+            shape = [1] * gap.dim()
+            shape[0], shape[axis] = self.unit.shape
+            gap = gap / self.unit.double().view(shape)
+        return gap.abs() if self.power == 1 else gap * gap
+
+
+def nearest_priors(priors: Priors, centers: Tensor, k: int, measure: Measure | None = None) -> Candidates:
     """The `k` priors (all, if fewer) nearest to each object on every level; of equally near the first.
 
     C sums min(k, size) over the levels.  centers: (N, 2).  Distances are compared in float64, exactly.
     """
-    return _nearest_on_grids(priors.grids, centers, k) if priors.grids else _nearest_of_all(priors, centers, k)
+    measure = measure or Measure()
+    if priors.grids:
+        return nearest_on_grids(priors.grids, centers, k, measure)
+    return _nearest_of_all(priors, centers, k, measure)
 
 
-def _nearest_on_grids(grids: tuple[Grid, ...], centers: Tensor, k: int) -> Candidates:
+def nearest_on_grids(grids: tuple[Grid, ...], centers: Tensor, k: int, measure: Measure) -> Candidates:
     table = _levels(grids, k, centers.device)
     place = centers.double()[:, None] / table.stride - table.offset  # (N, L, 2) in cells
     order = _outwards(place, table.count, table.most)  # (N, L, 2, M)
     gap = (order + table.offset[..., None]) * table.stride[..., None] - centers.double()[:, None, :, None]
     exists = torch.arange(table.most, device=centers.device) < table.count[..., None]  # (L, 2, M)
-    gap = (gap * gap).where(exists, torch.inf)
+    gap = measure(gap, 2).where(exists, torch.inf)
     a, b = table.ranks[0], table.ranks[1]
     distance = gap[:, :, 0, a] + gap[:, :, 1, b]  # (N, L, H)
     cell = order[:, :, 1, b] * table.count[:, None, 0] + order[:, :, 0, a]
@@ -232,8 +250,8 @@ def _outwards(place: Tensor, count: Tensor, most: int) -> Tensor:
     return start[..., None] + torch.where(up[..., None], step, -step)
 
 
-def _nearest_of_all(priors: Priors, centers: Tensor, k: int) -> Candidates:
-    distance = (priors.centers.double() - centers[:, None].double()).square().sum(-1)
+def _nearest_of_all(priors: Priors, centers: Tensor, k: int, measure: Measure) -> Candidates:
+    distance = measure(priors.centers.double() - centers[:, None].double(), 2).sum(-1)
     found, start = [], 0
     for size in priors.level_sizes:
         found.append(distance[:, start : start + size].sort(dim=1, stable=True).indices[:, :k] + start)

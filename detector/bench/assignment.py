@@ -12,11 +12,30 @@ import torch
 from torch import Tensor
 
 import detector
-from detector.assign import Assigner, Atss, Fcos, MaxIou
+from detector.assign import (
+    Assigner,
+    Atss,
+    CenterGaussian,
+    CenterRegion,
+    DualWeight,
+    DynamicSoftLabel,
+    Fcos,
+    Hungarian,
+    MaxIou,
+    Ota,
+    Paa,
+    PointScale,
+    SimOta,
+    TaskAligned,
+    Uniform,
+    YoloBest,
+    YoloRatio,
+)
 from detector.bench.measure import Table, Target, bytes_text, peak_bytes, seconds_text, take_turns
-from detector.bench.networks import random_objects
+from detector.bench.networks import NUM_CLASSES, random_objects
 from detector.models.priors import Anchors, GridPriors, Points
-from detector.structures import Assignment, Objects, Priors
+from detector.seeding import SYNTHETIC, generator
+from detector.structures import BACKGROUND, Assignment, Objects, Predictions, Priors
 
 BATCH = 8
 STRIDES = (8, 16, 32, 64, 128)
@@ -26,11 +45,34 @@ LEAST_SPEED_UP, LEAST_MEMORY_RATIO = 10, 20
 TARGET = (800, 1333, 1000)
 # The dense version holds several tensors of objects times priors of an image: beyond this it takes GiB and minutes.
 MOST_PAIRS = 30_000_000
+# SimOTA's and RTMDet's also hold every class of every such pair of an image.
+MOST_BY_CLASS = 200_000_000
 
 CASES: tuple[tuple[str, Assigner, GridPriors], ...] = (
     ("FCOS, points", Fcos(), Points()),
     ("ATSS, 1 anchor", Atss(), Anchors(scale=8, octave_scales=1, ratios=(1.0,))),
     ("max-IoU, 9 anchors", MaxIou(), Anchors()),
+)
+
+# Rules that look at predictions, all on points.
+PREDICTED_CASES: tuple[tuple[str, Assigner, bool], ...] = (  # name, rule, does the dense version hold every class
+    ("SimOTA", SimOta(), True),
+    ("dynamic soft label", DynamicSoftLabel(), True),
+    ("task-aligned", TaskAligned(), False),
+    ("OTA", Ota(), False),
+    ("Hungarian", Hungarian(), False),
+)
+
+# Rules of pairs and weights, all on one anchor.
+PAIR_CASES: tuple[tuple[str, Assigner], ...] = (
+    ("YOLO ratio", YoloRatio()),
+    ("YOLO best", YoloBest()),
+    ("uniform", Uniform()),
+    ("point scale", PointScale()),
+    ("centre Gaussian", CenterGaussian()),
+    ("centre region", CenterRegion()),
+    ("PAA", Paa()),
+    ("DW", DualWeight()),
 )
 
 METHOD = (
@@ -39,10 +81,13 @@ METHOD = (
     " other.  Peak memory is the most that tensors made by the call held at one time, its result included, from the"
     " allocator's own record of allocations and releases.  `same`: both give every prior the same object or label,"
     " checked in this run.  Where images, objects and priors multiply to more than {most:.0f} million the dense version"
-    " is left out.{missing}"
+    " is left out.  Rules that look at predictions get {classes} class logits a prior and predicted boxes around it;"
+    " the dense versions of SimOTA and dynamic soft label compare every class of every pair, as mmdetection does, and"
+    " are left out beyond {by_class:.0f} million of these an image; `same` includes soft class targets within 1e-5 for"
+    " them.{missing}"
 )
 
-Dense = Callable[[Assigner, Priors, Objects], Tensor]
+Dense = Callable[..., Any]  # (rule, priors, objects) -> (B, R); with predictions: -> (B, R) and their class targets
 
 
 def run(device: torch.device, quick: bool) -> Table:
@@ -57,11 +102,14 @@ def run(device: torch.device, quick: bool) -> Table:
                     result = measure(rule, priors, objects, dense, device, 0.1 if quick else 3.0)
                     case = {"rule": name, "height": size[0], "width": size[1], "images": images, "objects": count}
                     results.append(case | result)
+    results += _run_predicted(device, quick) + _run_pairs(device, quick)
     return Table(
         title="Label assignment",
         method=METHOD.format(
             batch=BATCH,
             most=MOST_PAIRS / 1e6,
+            by_class=MOST_BY_CLASS / 1e6,
+            classes=NUM_CLASSES,
             missing="" if dense else "  Run outside a checkout: there is no dense version to compare with.",
         ),
         columns=(
@@ -74,18 +122,72 @@ def run(device: torch.device, quick: bool) -> Table:
     )  # fmt: skip
 
 
+def _run_predicted(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    dense = load_dense("assign_predicted", "dense_predicted")
+    results = []
+    for size in SIZES[:1] if quick else SIZES:
+        priors = make_priors(Points(), size, device)
+        for images in (1, BATCH):
+            said = random_predictions(priors, images)
+            for count in COUNTS[:1] if quick else COUNTS:
+                objects = random_objects(images, count, size).to(device)
+                for name, rule, by_class in PREDICTED_CASES:
+                    left_out = by_class and count * len(priors) * NUM_CLASSES > MOST_BY_CLASS
+                    peer = None if left_out else dense
+                    result = measure(rule, priors, objects, peer, device, 0.1 if quick else 3.0, said)
+                    case = {"rule": name, "height": size[0], "width": size[1], "images": images, "objects": count}
+                    results.append(case | result)
+    return results
+
+
+def _run_pairs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    dense = load_dense("rules_dense", "dense_rule") if device.type == "cpu" else None
+    kind = Anchors(scale=8, octave_scales=1, ratios=(1.0,))
+    results = []
+    for size in SIZES[:1] if quick else SIZES:
+        priors = make_priors(kind, size, device)
+        for images in (1, BATCH):
+            said = random_predictions(priors, images)
+            for count in COUNTS[:1] if quick else COUNTS:
+                objects = random_objects(images, count, size).to(device)
+                for name, rule in PAIR_CASES:
+                    result = measure(rule, priors, objects, dense, device, 0.1 if quick else 3.0, said)
+                    case = {"rule": name, "height": size[0], "width": size[1], "images": images, "objects": count}
+                    results.append(case | result)
+    return results
+
+
+def random_predictions(priors: Priors, images: int) -> Predictions:
+    """Logits of a head that has learnt a little, and boxes of objects' sizes about every prior."""
+    rng = generator(2, SYNTHETIC)
+    device, shape = priors.boxes.device, (images, len(priors))
+
+    def normal(*further: int) -> Tensor:
+        return torch.from_numpy(rng.standard_normal((*shape, *further), dtype="float32")).to(device)
+
+    center = priors.centers + priors.stride[:, None] * normal(2)
+    half = 4 * priors.stride[:, None] * (normal(2) * 0.5).exp()
+    return Predictions(normal(NUM_CLASSES) * 2 - 4, torch.cat([center - half, center + half], -1), normal())
+
+
 def make_priors(kind: GridPriors, size: tuple[int, int], device: torch.device) -> Priors:
     """Of a pyramid over an input of `size` (height, width)."""
     return kind([(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES], STRIDES, device)
 
 
 def measure(
-    rule: Assigner, priors: Priors, objects: Objects, dense: Dense | None, device: torch.device, patience: float
+    rule: Assigner,
+    priors: Priors,
+    objects: Objects,
+    dense: Dense | None,
+    device: torch.device,
+    patience: float,
+    said: Predictions | None = None,
 ) -> dict[str, Any]:
     """Seconds and bytes; the dense version's and what it says of ours where it can be had, None otherwise."""
 
     def ours() -> Assignment:
-        return rule(priors, objects)
+        return rule(priors, objects, said)
 
     ours()
     result: dict[str, Any] = {"bytes": peak_bytes(ours, device)[0]}
@@ -93,29 +195,62 @@ def measure(
     if dense is None or len(objects) * len(priors) > MOST_PAIRS:
         return result | {"seconds": take_turns({"ours": ours}, device, turns=15, patience=patience).median("ours")}
 
-    def plain() -> Tensor:
-        return dense(rule, priors, objects)
+    def plain() -> Any:
+        return dense(rule, priors, objects) if said is None else dense(rule, priors, objects, said)
 
     result["dense_bytes"], expected = peak_bytes(plain, device)
     result["memory_ratio"] = result["dense_bytes"] / result["bytes"]
-    result["same"] = bool(torch.equal(ours().per_prior(), expected))
+    result["same"] = _same(ours(), expected)
     times = take_turns({"ours": ours, "dense": plain}, device, turns=15, warm_up=0, patience=patience)
     result["speed_up"] = times.ratio("dense", "ours")
     return result | {"seconds": times.median("ours"), "dense_seconds": times.median("dense")}
 
 
-def load_dense() -> Dense | None:
+def _same(found: Assignment, expected: Tensor | tuple[Tensor, Tensor] | Assignment) -> bool:
+    if isinstance(expected, Assignment):
+        return _same_pairs(found, expected)
+    if isinstance(expected, Tensor):
+        return bool(torch.equal(found.per_prior(), expected))
+    index, quality = expected
+    mine = torch.zeros_like(quality).view(-1)
+    kept = found.weight > 0
+    mine[found.prior[kept]] = found.quality[kept]
+    close = torch.allclose(mine.view_as(quality), quality, atol=1e-5, rtol=1e-5)
+    return close and bool(torch.equal(found.per_prior().clamp(min=BACKGROUND), index))
+
+
+def _same_pairs(found: Assignment, expected: Assignment) -> bool:
+    """The same pairs in any order, their weights and those of the background within 1e-5."""
+    sides = []
+    for one in (found, expected):
+        kept = one.weight > 0
+        owner, prior = one.object[kept], one.prior[kept]
+        order = (prior * (1 << 32) + owner).sort(stable=True).indices
+        sides.append((torch.stack([prior, owner], 1)[order], torch.stack([one.quality, one.weight], 1)[kept][order]))
+    (pairs, values), (other_pairs, other_values) = sides
+    if not torch.equal(pairs, other_pairs) or not torch.equal(found.ignored, expected.ignored):
+        return False
+    close = torch.allclose(values, other_values, atol=1e-5, rtol=1e-5)
+    if found.background_weight is None or expected.background_weight is None:
+        return close and found.background_weight is expected.background_weight
+    return close and torch.allclose(found.background_weight, expected.background_weight, atol=1e-5, rtol=1e-5)
+
+
+def load_dense(file: str = "assign_dense", function: str = "dense") -> Dense | None:
     """The dense version, which is part of the tests and so not installed; None where there are no tests."""
-    path = Path(detector.__file__).parents[1] / "tests" / "reference" / "assign_dense.py"
+    checkout = Path(detector.__file__).parents[1]
+    path = checkout / "tests" / "reference" / f"{file}.py"
     if not path.is_file():
         return None
-    spec = importlib.util.spec_from_file_location("assign_dense", path)
+    if str(checkout) not in sys.path:
+        sys.path.append(str(checkout))  # one dense version may import from another
+    spec = importlib.util.spec_from_file_location(file, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["assign_dense"] = module
+    sys.modules[file] = module
     spec.loader.exec_module(module)
-    dense: Dense = module.dense
+    dense: Dense = getattr(module, function)
     return dense
 
 

@@ -6,25 +6,22 @@ Each section is declared where its component is; this file only puts them togeth
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from detector.assign import Rule
 from detector.assign.atss import Atss
-from detector.config.node import Node, default_type
+from detector.config.node import Node
 from detector.data.config import Data
 from detector.data.transforms import Transform
 from detector.decode import DecodeConfig
 from detector.evaluate.config import EvaluateConfig
+from detector.losses.criteria import WITHOUT_RULE, AnyCriterion
 from detector.losses.dense import DenseCriterionConfig
-from detector.losses.two_stage import CrossEntropy, TwoStageCriterionConfig
+from detector.losses.two_stage import CrossEntropy
 from detector.models import Model
 from detector.train.config import TrainConfig
-
-Criterion = Annotated[
-    DenseCriterionConfig | TwoStageCriterionConfig, Field(discriminator="type"), default_type("dense")
-]
 
 
 class RunFolder(Node):
@@ -43,8 +40,8 @@ class RunConfig(Node):
     data: Data
     augment: tuple[Transform, ...] = Field((), description="training only, in this order, before the resize")
     model: Model
-    assigner: Rule = Atss()
-    criterion: Criterion = DenseCriterionConfig()
+    assigner: Rule | None = Field(Atss(), description="null for criteria that match priors to objects by themselves")
+    criterion: AnyCriterion = DenseCriterionConfig()
     train: TrainConfig
     decode: DecodeConfig = DecodeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -53,17 +50,35 @@ class RunConfig(Node):
     def folder(self) -> Path:
         return self.run.dir if self.run.dir is not None else Path("runs") / self.name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rule_by_default(cls, values: Any) -> Any:
+        """A criterion that does without a rule has none by default."""
+        if not isinstance(values, dict) or "assigner" in values or not isinstance(values.get("criterion"), dict):
+            return values
+        alone = values["criterion"].get("type") in WITHOUT_RULE
+        return {**values, "assigner": None} if alone else values
+
+    @model_validator(mode="after")
+    def _rule_where_it_counts(self) -> RunConfig:
+        kind = self.criterion.type
+        if self.criterion.uses_assigner and self.assigner is None:
+            raise ValueError(f"criterion.type {kind!r} needs a rule of label assignment: set assigner")
+        if not self.criterion.uses_assigner and self.assigner is not None:
+            raise ValueError(f"criterion.type {kind!r} matches priors to objects by itself: set assigner=null")
+        return self
+
     @model_validator(mode="after")
     def _criterion_fits_the_model(self) -> RunConfig:
         model, criterion = self.model, self.criterion
-        kind = "dense" if model.type == "dense" else "two_stage"
-        if criterion.type != kind:
+        if (model.type == "dense") != (criterion.type != "two_stage"):
             raise ValueError(
                 f"model.type {model.type!r} does not go with criterion.type {criterion.type!r}:"
-                f" set criterion.type={kind}"
+                f" set criterion.type={'dense' if model.type == 'dense' else 'two_stage'}"
             )
-        if model.type == "dense" or criterion.type == "dense":
-            return self
+        if model.type == "dense":
+            return self._dense_head_fits()
+        assert criterion.type == "two_stage"
         if len(model.stages) != len(criterion.stage_weights):
             raise ValueError(
                 f"the model has {len(model.stages)} box heads, but criterion.stage_weights are"
@@ -77,18 +92,18 @@ class RunConfig(Node):
             )
         return self
 
-    @model_validator(mode="after")
-    def _quality_needs_its_branch(self) -> RunConfig:
-        if self.model.type != "dense" or self.criterion.type != "dense":
-            return self
-        if self.criterion.quality is not None and not self.model.head.quality:
-            raise ValueError(
-                "criterion.quality is set but model.head.quality is false: set model.head.quality=true, or"
-                " criterion.quality=null"
-            )
-        if self.criterion.quality is None and self.model.head.quality:
-            raise ValueError(
-                "model.head.quality is true but nothing would train it: set criterion.quality, or"
-                " model.head.quality=false"
-            )
+    def _dense_head_fits(self) -> RunConfig:
+        assert self.model.type == "dense"
+        head, criterion = self.model.head, self.criterion
+        dense = criterion.type == "dense"
+        if criterion.uses_quality and not head.quality:
+            what = "quality is set" if dense else f"type {criterion.type!r} needs an objectness"
+            instead = ", or criterion.quality=null" if dense else ""
+            raise ValueError(f"criterion.{what} but model.head.quality is false: set model.head.quality=true{instead}")
+        if not criterion.uses_quality and head.quality:
+            also = "set criterion.quality, or " if dense else "set "
+            raise ValueError(f"model.head.quality is true but nothing would train it: {also}model.head.quality=false")
+        objection = criterion.objection(head.output_coder)
+        if objection is not None:
+            raise ValueError(objection)
         return self

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from detector.config.node import Node
 from detector.data.coco import CocoData, CocoIndex
+from detector.data.order import AnyOrdering, Shuffle
 from detector.data.resize import Resize, ShortEdge
 from detector.data.shape_suites import SUITES, SuiteName
 from detector.data.shapes import SMALLEST_IMAGE, ShapeSet, ensure
@@ -27,6 +28,10 @@ class DataSource(Node):
     pad_multiple: int = Field(32, ge=1, description="height and width of a batch are multiples of this")
     workers: int = Field(2, ge=0, description="processes that read and augment; 0: the main process does")
     max_unreadable: int = Field(10, ge=0, description="images that may turn out unreadable before the run stops")
+    order: AnyOrdering = Field(Shuffle(), description="of the training images")
+    partner_cache: int = Field(
+        128, ge=0, description="MiB in each worker for images that mosaic, mixup and copy-paste have drawn before"
+    )
 
     def open(self, split: SplitName, classes: tuple[str, ...] | None = None) -> CocoData:
         """One split, indexed.

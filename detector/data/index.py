@@ -111,10 +111,36 @@ class CocoIndex:
         try:
             return masks.decode(segmentation, (height, width))
         except DataError as error:
-            raise DataError(
-                f"{self.annotations}: annotation id {self.annotation_ids[row]}: segmentation: {error}; "
-                f"see {doctor(self.annotations, self.images)}"
-            ) from None
+            raise self._wrong_mask(row, str(error)) from None
+
+    def rings(self, row: int) -> tuple[np.ndarray, ...] | None:
+        """(v, 2) float64 x, y corners of each polygon, or None where the segmentation is a run-length encoding.
+
+        Raises:
+            DataError: the segmentation is wrong: names the annotation.
+        """
+        segmentation = self.segmentation(row)
+        if not isinstance(segmentation, list):
+            return None
+        problem = next((p for p in map(masks.polygon_problem, segmentation) if p is not None), None)
+        if problem is not None:
+            raise self._wrong_mask(row, problem)
+        return tuple(np.array(ring, dtype=np.float64).reshape(-1, 2) for ring in segmentation)
+
+    @property
+    def has_mask(self) -> np.ndarray:
+        """(m,) bool: the file gives a segmentation."""
+        return np.asarray(self.spans[:, 1] > self.spans[:, 0])
+
+    @property
+    def doctor(self) -> str:
+        """The command that finds all mistakes of the file."""
+        return doctor(self.annotations, self.images)
+
+    def _wrong_mask(self, row: int, problem: str) -> DataError:
+        return DataError(
+            f"{self.annotations}: annotation id {self.annotation_ids[row]}: segmentation: {problem}; see {self.doctor}"
+        )
 
 
 def _build(annotations: Path, folder: Path) -> CocoIndex:

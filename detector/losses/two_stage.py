@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from detector.assign.sample import AnySampler, Random, paired
 from detector.boxes import full_precision
+from detector.coders import Coder
 from detector.config.node import Node
 from detector.errors import ConfigError
 from detector.losses import AnyBoxLoss, AnyClassLoss, BoxLoss
+from detector.losses.base import CriterionConfig
 from detector.losses.classification import Bce, ClassLoss, Focal
 from detector.losses.regression import L1
 from detector.losses.targets import ClassTargets, Pairs, class_targets
@@ -64,7 +66,7 @@ class RpnLossConfig(Node):
     box: AnyBoxLoss = L1()
 
 
-class TwoStageCriterionConfig(Node):
+class TwoStageCriterionConfig(CriterionConfig):
     """Which losses of which stage, how weighted."""
 
     type: Literal["two_stage"] = "two_stage"
@@ -75,8 +77,17 @@ class TwoStageCriterionConfig(Node):
         (1.0,), min_length=1, description="of each box head's terms; Cascade R-CNN: 1, 0.5, 0.25"
     )
 
-    def build(self, assigner: Assigner, num_classes: int) -> TwoStageCriterion:
+    @property
+    def uses_quality(self) -> bool:
+        return False
+
+    def objection(self, coder: Coder) -> str | None:
+        return None
+
+    def build(self, assigner: Assigner | None, num_classes: int) -> TwoStageCriterion:
         """`assigner` is the RPN's; the box heads' are the model's."""
+        if assigner is None:
+            raise ConfigError("criterion 'two_stage' needs a rule of label assignment for its RPN: set assigner")
         return TwoStageCriterion(config=self, assigner=assigner, num_classes=num_classes)
 
 

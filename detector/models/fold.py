@@ -15,7 +15,7 @@ SIDE = 64  # pixels of the image that shows which norm follows which convolution
 
 
 def fold_batch_norm(model: Network) -> Network:
-    """A copy in evaluation mode and channels_last, every batch norm folded that directly follows a convolution.
+    """A copy in evaluation mode, every batch norm folded that directly follows a convolution.
 
     Same outputs, but for rounding.  For inference: it cannot be trained further, and its state is no longer `model`'s.
     """
@@ -29,7 +29,7 @@ def fold_batch_norm(model: Network) -> Network:
         _fold(conv, norm)
         parent, _, name = names[norm].rpartition(".")
         setattr(folded.get_submodule(parent), name, activation_of(norm))
-    return folded.channels_last()
+    return folded.to(memory_format=torch.channels_last)
 
 
 def _pairs(model: Network) -> list[tuple[AnyBatchNorm, nn.Conv2d]]:

@@ -117,12 +117,7 @@ class TwoStageDetector(nn.Module):
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
         self.register_buffer("scale", (1 / std)[:, None, None], persistent=False)
         self.register_buffer("shift", (-mean / std)[:, None, None], persistent=False)
-        self.memory_format = torch.contiguous_format
-
-    def channels_last(self) -> TwoStageDetector:
-        """From now on in channels_last: on CPU about a tenth faster for inference, as much slower for training."""
-        self.memory_format = torch.channels_last
-        return self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)
 
     def forward(
         self, images: Tensor, objects: Objects | None = None, sizes: Tensor | None = None
@@ -137,7 +132,7 @@ class TwoStageDetector(nn.Module):
             height, width = images.shape[-2:]
             sizes = torch.stack([self.scale.new_full((len(images),), float(n)) for n in (height, width)], 1)
         sizes = sizes.float()
-        images = images.contiguous(memory_format=self.memory_format).to(self.scale.dtype)
+        images = images.contiguous(memory_format=torch.channels_last).to(self.scale.dtype)
         maps = self.neck(self.backbone(torch.addcmul(self.shift, images, self.scale)))
         rpn = self.rpn(maps)
         if objects is None:

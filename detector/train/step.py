@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from detector.evaluate.assignments import AssignmentStatistics
 from detector.models.layers import Precision, autocast
 from detector.structures import Batch, Losses
 from detector.train.ema import Ema
+
+if TYPE_CHECKING:
+    from detector.assign import Assigner
 
 
 class TrainingModule(nn.Module):
@@ -93,6 +97,11 @@ class Stepper:
         divisor = (losses.normalizer if normalizer is None else normalizer).clamp(min=1)
         self.scaler.scale(torch.stack(list(losses.sums.values())).sum() / divisor).backward()
         return Losses({k: v.detach() for k, v in losses.sums.items()}, losses.normalizer, losses.assignments)
+
+
+def set_assigner(module: TrainingModule, assigner: Assigner) -> None:
+    """The rule by which the criterion assigns from now on: given anew in each step, it is no state to be saved."""
+    module.criterion.assigner = assigner  # type: ignore[assignment]
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:

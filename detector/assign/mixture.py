@@ -1,0 +1,130 @@
+"""PAA (Kim and Lee, "Probabilistic Anchor Assignment with IoU Prediction for Object Detection", ECCV 2020).
+
+Legend: N objects, L levels, T candidates of an object on a level, C = L * T, B images, R priors of one image, P pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from detector.assign.atss import Atss
+from detector.assign.base import Assigner
+from detector.assign.geometry import Owners
+from detector.assign.overlap import MaxIou
+from detector.assign.pair_loss import AnyPairLoss, FocalPairLoss
+from detector.assign.points import Fcos
+from detector.structures import Assignment, Objects, Predictions, Priors
+
+FIRST = MaxIou(positive_iou=0.1, negative_iou=0.1)
+
+
+class Paa(Assigner):
+    """A first rule proposes candidates; of each object those are kept whose loss belongs to the good of two Gaussians.
+
+    Of the candidates on each level the `topk` of least loss remain (of equals the first prior).  Two Gaussians are
+    fitted to an object's losses by expectation maximisation, started at the least and the greatest loss.  Positive are
+    the candidates that belong to the lower one, up to the likeliest among them (the paper's Figure 3c); the others are
+    background.  All objects are fitted at once; one whose fit has settled is left alone.
+
+    Where two candidates are the whole of the good Gaussian they are equally likely in exact arithmetic, and rounding
+    decides at the peers; here the last of those within `CLOSE` of the likeliest counts.  An object with a single
+    candidate keeps it (mmdetection drops the object).
+    """
+
+    type: Literal["paa"] = "paa"
+    uses_predictions: ClassVar[bool] = True
+    first: Annotated[MaxIou | Atss | Fcos, Field(discriminator="type")] = Field(
+        FIRST, description="proposes candidates, by geometry alone; PAA: max_iou with 0.1 for both IoUs"
+    )
+    pair_loss: AnyPairLoss = Field(FocalPairLoss(), description="scores candidates; best as the criterion's own losses")
+    topk: int = Field(9, ge=1, description="candidates of an object on each level")
+    iterations: int = Field(100, ge=1, description="of expectation maximisation, at most")
+    tolerance: float = Field(1e-3, ge=0, description="a fit whose mean log likelihood changes by less has settled")
+
+    def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
+        assert predictions is not None
+        return self.choose(priors, objects, predictions, self.first.assign(priors, objects, None))
+
+    def choose(self, priors: Priors, objects: Objects, predictions: Predictions, proposed: Assignment) -> Assignment:
+        """Among pairs proposed by any rule."""
+        logits, said = predictions.class_logits.flatten(0, 1), predictions.boxes.flatten(0, 1)
+        loss = self.pair_loss(
+            logits, said, proposed.prior, objects.labels[proposed.object], objects.boxes[proposed.object]
+        )
+        prior, loss, valid = self.candidates(priors, len(objects), proposed, loss)
+        good = split(loss, valid, self.iterations, self.tolerance)
+        owners = Owners(priors, objects, prior.shape[1])
+        owners.offer(slice(0, len(objects)), prior % len(priors), -loss.float(), good)
+        return owners.assignment()
+
+    def candidates(
+        self, priors: Priors, count: int, proposed: Assignment, loss: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The best of each object and level: prior (N, C) image * R + prior, loss (N, C) float64, valid (N, C)."""
+        levels, k = len(priors.level_sizes), min(self.topk, max(priors.level_sizes))
+        by_prior = proposed.prior.sort(stable=True).indices
+        by_loss = by_prior[loss[by_prior].sort(stable=True).indices]
+        group = proposed.object * levels + priors.level[proposed.prior % len(priors)]
+        group = group.where(proposed.weight > 0, count * levels)[by_loss]
+        group, by_group = group.sort(stable=True)
+        pair = by_loss[by_group]  # sorted by object, level, loss
+        place = torch.arange(len(pair), device=pair.device)
+        rank = place - torch.searchsorted(group, group)
+        # Everything that is not among the best of a group lands in one more slot, which is cut off.
+        slots = count * levels * k
+        slot = (group * k + rank).where((rank < k) & (group < count * levels), slots)
+        chosen = torch.zeros(slots + 1, dtype=torch.int64, device=pair.device).scatter_(0, slot, pair)[:-1]
+        valid = torch.zeros(slots + 1, dtype=torch.bool, device=pair.device).scatter_(0, slot, slot < slots)[:-1]
+        chosen, valid = chosen.view(count, -1), valid.view(count, -1)
+        return proposed.prior[chosen], loss[chosen].double(), valid
+
+
+CLOSE = 1e-6  # log likelihoods this near are equal but for rounding
+RESERVE = 1e-12  # of a part's share, so that an empty one divides by something
+LEAST_VARIANCE = 1e-6  # added to the variance of each part, as everywhere
+_LOG_TWO_PI = math.log(2 * math.pi)
+
+
+def split(loss: Tensor, valid: Tensor, iterations: int, tolerance: float) -> Tensor:
+    """Which candidates are positive, (N, C) bool, from their losses (N, C) float64 of which `valid` count."""
+    real = valid.double()
+    x = loss.where(valid, 0.0)
+    count = real.sum(1, keepdim=True)
+    low = loss.where(valid, torch.inf).amin(1).where(valid.any(1), 0.0)
+    high = loss.where(valid, -torch.inf).amax(1).where(valid.any(1), 0.0)
+    mean = torch.stack([low, high], 1)  # (N, 2) as all parameters
+    variance, share = torch.ones_like(mean), torch.full_like(mean, 0.5)
+    before = torch.full_like(count, -torch.inf)
+    settled = torch.zeros_like(count, dtype=torch.bool)
+    powers = torch.stack([real, x, x * x], 2)  # (N, C, 3)
+    for _ in range(iterations):
+        odds, density = _odds_and_density(x, mean, variance, share)
+        fit = (density * real).sum(1, keepdim=True) / count.clamp(min=1)
+        belongs = torch.stack([odds.sigmoid(), (-odds).sigmoid()], 1)  # (N, 2, C)
+        total, first, second = (belongs @ powers).unbind(2)
+        total = total + RESERVE
+        new = first / total
+        spread = (second - 2 * new * first + new * new * (total - RESERVE)) / total + LEAST_VARIANCE
+        mean = torch.where(settled, mean, new)
+        variance = torch.where(settled, variance, spread.clamp(min=LEAST_VARIANCE))
+        share = torch.where(settled, share, total / count.clamp(min=1))
+        settled = settled | ((fit - before).abs() < tolerance)
+        before = fit
+    odds, density = _odds_and_density(x, mean, variance, share)
+    good = valid & (odds >= 0)
+    density = density.where(good, -torch.inf)
+    likely = good & (density >= density.amax(1, keepdim=True) - CLOSE)
+    limit = x.where(likely, -torch.inf).amax(1, keepdim=True)
+    return torch.where(count < 2, valid, good & (x <= limit))
+
+
+def _odds_and_density(x: Tensor, mean: Tensor, variance: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C) log odds of the first part against the second, and log density of both together."""
+    constant = share.log() - 0.5 * (variance.log() + _LOG_TWO_PI)
+    parts = [constant[:, i, None] - 0.5 * (x - mean[:, i, None]).square() / variance[:, i, None] for i in (0, 1)]
+    return parts[0] - parts[1], torch.logaddexp(parts[0], parts[1])

@@ -69,8 +69,8 @@ def network(config: RunConfig, classes: Sequence[str], checkpoint: Path | None) 
 def _dense(model: Network, kind: str) -> DenseDetector:
     if not isinstance(model, DenseDetector):
         raise UserError(
-            f"model.type {kind!r}: rules are looked at on a dense head, which this is not; take a recipe with model.type"
-            " 'dense'"
+            f"model.type {kind!r}: rules are looked at on a dense head, which this is not; take a recipe whose"
+            " model.type is 'dense'"
         )
     return model
 

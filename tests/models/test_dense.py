@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from detector.models import Model
 from detector.models.dense import DenseConfig, DenseDetector
 from detector.models.fold import fold_batch_norm
 
@@ -48,7 +47,7 @@ def _images(batch: int = 1, height: int = 97, width: int = 130) -> torch.Tensor:
 
 
 def test_retinanet_is_the_default() -> None:
-    outputs = Model().build(80)(_images(2, 64, 96))
+    outputs = DenseConfig().build(80)(_images(2, 64, 96))
     assert outputs.class_logits.shape == (2, len(outputs.priors), 80)
     assert [grid.stride for grid in outputs.priors.grids] == [8, 16, 32, 64, 128]
     assert len(outputs.priors.grids[0].shapes) == 9

@@ -17,7 +17,6 @@ from detector.assign.cells import largest
 from detector.assign.per_class import per_prior, rows_of
 from detector.structures import Assignment, Objects, Predictions, Priors
 
-
 # A preference for the centre of exp(-40) or less, from 10 strides away, is none: numbers near float32's end are slow.
 FAINT = 40.0
 SCRATCH = 16  # numbers of a pair at once are so many times what other rules have; smaller parts stay in the cache
@@ -76,7 +75,9 @@ class DualWeight(Assigner):
             weights.append(positive.gather(1, best))
             lowest = self.falling(iou, inside)
             fall.scatter_reduce_(0, row[part, None].expand_as(lowest), lowest, "amin")
-        background = per_prior(fall.mul_(score.pow_(self.score_power)), objects.batch_size).contiguous()
+        fall.mul_(score.pow_(self.score_power))
+        del score  # as large as the logits, like the next
+        background = per_prior(fall, objects.batch_size).contiguous()
 
         prior = (torch.cat(kept) + (objects.image * count)[:, None]).flatten()
         owner = torch.arange(len(objects), device=prior.device).repeat_interleave(kept[0].shape[1])
@@ -131,7 +132,7 @@ class DualWeight(Assigner):
 def _score(predictions: Predictions) -> Tensor:
     """(B, R, K) of class and quality together."""
     score = predictions.class_logits.sigmoid()
-    return score if predictions.quality_logits is None else score * predictions.quality_logits.sigmoid()[..., None]
+    return score if predictions.quality_logits is None else score.mul_(predictions.quality_logits.sigmoid()[..., None])
 
 
 def _ious(said: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:

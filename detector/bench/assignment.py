@@ -221,7 +221,7 @@ def _same(found: Assignment, expected: Tensor | tuple[Tensor, Tensor] | Assignme
 
 
 def _same_pairs(found: Assignment, expected: Assignment) -> bool:
-    """The same pairs in any order but for those that weigh nothing, their weights and those of the background within 1e-5."""
+    """The same pairs in any order, without those that weigh nothing; all weights within 1e-5."""
     sides = []
     for one in (found, expected):
         kept = one.weight * one.quality > NEGLIGIBLE

@@ -1,4 +1,4 @@
-"""Dual weighting on an example small enough to compute by hand, equation by equation, and what the losses make of it."""
+"""Dual weighting computed by hand on a small example, equation by equation, and what the losses make of it."""
 
 from __future__ import annotations
 

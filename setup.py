@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "albumentations>=2.0.8,<2.1",
         "hotcoco>=1.3,<2",
+        "msgspec>=0.19",
         "numpy>=2.0",
         "opencv-python-headless>=5",
         "pillow>=10",
@@ -28,6 +29,7 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4",
+        "simplejpeg>=1.8",
         "tensorboard>=2.17",
         "timm>=1.0.15,<2",
         "torch>=2.6",

@@ -122,8 +122,9 @@ class Loader:
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # The latter two: a batch's memory is handed over by its worker, which may be gone by then.
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 raise DataError(
                     f"a data worker was ended from outside, most often because memory ran out ({error}):"
@@ -203,7 +204,7 @@ class _TrainSource(_Source):
         tries = min(len(self.data), self.max_unreadable + 1)
         for further in range(tries):
             try:
-                return self.data[(index + further) % len(self.data)]
+                return self.data.reduced((index + further) % len(self.data))
             except DataError as error:
                 failures.append(str(error))
         raise DataError(f"{tries} images in a row could not be read; the first: {failures[-tries]}")
@@ -212,7 +213,7 @@ class _TrainSource(_Source):
 class _EvalSource(_Source):
     def sample(self, key: Key, failures: list[str]) -> Sample:
         try:
-            return self.resize(self.data[key.image])
+            return self.resize(self.data.reduced(key.image))
         except DataError as error:
             failures.append(str(error))
             return self.resize(_blank(self.data, key.image))

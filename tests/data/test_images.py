@@ -168,11 +168,18 @@ def test_a_jpeg_with_camera_data_or_odd_sampling_is_left_to_cv2(
 
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    turned, plain = saved(tmp_path / "a.jpg", picture, exif=exif), saved(tmp_path / "b.jpg", picture)
+    turned = saved(tmp_path / "a.jpg", picture, exif=exif)
+    exif[ORIENTATION] = 1
+    plain = saved(tmp_path / "b.jpg", picture, exif=exif)
+    content = turned.read_bytes()
+    garbled = tmp_path / "d.jpg"
+    garbled.write_bytes(content.replace(b"Exif\0\0MM", b"Exif\0\0XX").replace(b"Exif\0\0II", b"Exif\0\0XX"))
+    assert garbled.read_bytes() != content
     odd = saved(tmp_path / "c.jpg", picture.convert("CMYK"), subsampling=2)
     with monkeypatch.context() as patch:
         patch.setattr("detector.data.images.simplejpeg.decode_jpeg", cannot)
         assert read_image(turned).shape == (80, 60, 3)
+        assert np.array_equal(read_image(garbled), cv2.imread(str(garbled), cv2.IMREAD_COLOR_RGB))
         with pytest.raises(AssertionError, match="plain"):
             read_image(plain)
     monkeypatch.setattr("detector.data.images.cv2.imdecode", cannot)

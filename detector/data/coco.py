@@ -14,7 +14,7 @@ import numpy as np
 
 from detector.data.images import read_image
 from detector.data.index import CocoIndex as CocoIndex
-from detector.data.outlines import Outlines
+from detector.data.outlines import Outlines, scaling
 from detector.data.sample import Sample
 from detector.errors import DataError
 
@@ -84,7 +84,8 @@ class Reader:
                 failures.append(str(error))
                 continue
             if self.masks:
-                sample = replace(sample, outlines=Outlines.stored(self.data.index, sample.rows))
+                stored = Outlines.stored(self.data.index, sample.rows)
+                sample = replace(sample, outlines=stored.mapped(scaling(sample.scale, sample.offset)))
             if partner:
                 self._keep(i, sample)
             return sample

@@ -24,6 +24,7 @@ setup(
         "hotcoco>=1.3,<2",
         "jinja2>=3.1",
         "matplotlib>=3.8",
+        "msgspec>=0.19",
         "numpy>=2.0",
         "opencv-python-headless>=5",
         "pillow>=10",

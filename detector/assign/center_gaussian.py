@@ -82,8 +82,11 @@ class CenterGaussian(Assigner):
             for part in chunks(len(objects), g.height * g.width):
                 own = _gaussian(g, cell[part, kind], radius[part], here[part]).flatten(1)
                 heat.scatter_reduce_(0, row[part, None].expand_as(own), own, "amax")
-            faded = per_prior((1 - heat).pow_(self.power), objects.batch_size)
-            weight[:, start : start + g.size] = faded.repeat_interleave(len(g.shapes), 1)
+            faded = heat.neg_().add_(1)
+            # A general power takes ten times as long as two squares.
+            faded = faded.square_().square_() if self.power == 4 else faded.pow_(self.power)
+            level_weight = weight[:, start : start + g.size].view(objects.batch_size, -1, len(g.shapes), classes)
+            level_weight.copy_(per_prior(faded, objects.batch_size)[:, :, None])
             start, kind = start + g.size, kind + len(g.shapes)
         return weight
 

@@ -63,6 +63,7 @@ PREDICTED_CASES: tuple[tuple[str, Assigner, bool], ...] = (  # name, rule, does 
     ("Hungarian", Hungarian(), False),
 )
 
+NEGLIGIBLE = 1e-12  # weight of a pair
 # Rules of pairs and weights, all on one anchor.
 PAIR_CASES: tuple[tuple[str, Assigner], ...] = (
     ("YOLO ratio", YoloRatio()),
@@ -220,10 +221,10 @@ def _same(found: Assignment, expected: Tensor | tuple[Tensor, Tensor] | Assignme
 
 
 def _same_pairs(found: Assignment, expected: Assignment) -> bool:
-    """The same pairs in any order, their weights and those of the background within 1e-5."""
+    """The same pairs in any order, without those that weigh nothing; all weights within 1e-5."""
     sides = []
     for one in (found, expected):
-        kept = one.weight > 0
+        kept = one.weight * one.quality > NEGLIGIBLE
         owner, prior = one.object[kept], one.prior[kept]
         order = (prior * (1 << 32) + owner).sort(stable=True).indices
         sides.append((torch.stack([prior, owner], 1)[order], torch.stack([one.quality, one.weight], 1)[kept][order]))

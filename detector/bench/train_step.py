@@ -68,7 +68,10 @@ def run(device: torch.device, quick: bool) -> Table:
 def compare(method: Method, device: torch.device, side: int, turns: int, precision: Precision) -> Times:
     torch.manual_seed(0)
     images, objects = random_images(BATCH, side).to(device), random_objects(BATCH, OBJECTS, (side, side)).to(device)
-    ours, peer = method.model.build(NUM_CLASSES).to(device), build_peer(method, side).to(device)
+    ours, peer = (
+        method.model.build(NUM_CLASSES).to(device=device, memory_format=torch.channels_last),
+        build_peer(method, side).to(device),
+    )
     criterion = method.criterion.build(method.assigner, NUM_CLASSES).to(device)
 
     def step() -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
-from detector.data.images import read_image
+from detector.data.geometry import follow
+from detector.data.images import read_image, read_reduced
 from detector.data.index import CocoIndex as CocoIndex
-from detector.data.outlines import Outlines
+from detector.data.outlines import Outlines, scaling
 from detector.data.sample import Sample
 from detector.errors import DataError
 
@@ -23,10 +25,15 @@ MEBIBYTE = 1 << 20
 
 
 class CocoData:
-    """`data[i]` is image i of the index, decoded, with its objects and crowd regions; images without any are kept."""
+    """`data[i]` is image i of the index, decoded, with its objects and crowd regions; images without any are kept.
 
-    def __init__(self, index: CocoIndex) -> None:
+    Args:
+        least: to the (height, width) of an image what `data.reduced(i)` must leave of it; None: all.
+    """
+
+    def __init__(self, index: CocoIndex, least: Callable[[tuple[int, int]], tuple[int, int]] | None = None) -> None:
         self.index = index
+        self.least = least
 
     def __len__(self) -> int:
         return len(self.index)
@@ -38,6 +45,26 @@ class CocoData:
         """
         if not 0 <= i < len(self.index):
             raise IndexError(f"image {i} of {len(self.index)}")
+        height, width = self.index.sizes[i].tolist()
+        return self._sample(i, read_image(self._path(i), (height, width)))
+
+    def reduced(self, i: int) -> Sample:
+        """`data[i]`, a JPEG perhaps decoded at 1/2, 1/4 or 1/8 of its size: boxes, `scale` and image agree.
+
+        Raises:
+            DataError: as `data[i]`.
+        """
+        if self.least is None:
+            return self[i]
+        height, width = self.index.sizes[i].tolist()
+        image, n = read_reduced(self._path(i), (height, width), self.least((height, width)))
+        sample = self._sample(i, image)
+        return sample if n == 1 else follow(sample, image, (1 / n, 1 / n), (0.0, 0.0))
+
+    def _path(self, i: int) -> str:
+        return os.path.join(self.index.images, self.index.file_name(i))
+
+    def _sample(self, i: int, image: np.ndarray) -> Sample:
         index = self.index
         height, width = index.sizes[i].tolist()
         first = index.rows(i)
@@ -45,7 +72,7 @@ class CocoData:
         rows = np.arange(first.start, first.stop)
         objects, regions = (rows[~crowd], rows[crowd]) if crowd.any() else (rows, rows[:0])
         return Sample(
-            image=read_image(os.path.join(index.images, index.file_name(i)), (height, width)),
+            image=image,
             boxes=index.boxes[objects],
             labels=index.labels[objects].astype(np.int64),
             rows=objects,
@@ -82,12 +109,13 @@ class Reader:
                 self._kept.move_to_end(i)
                 return self._kept[i]
             try:
-                sample = self.data[i]
+                sample = self.data.reduced(i)
             except DataError as error:
                 failures.append(str(error))
                 continue
             if self.masks:
-                sample = replace(sample, outlines=Outlines.stored(self.data.index, sample.rows))
+                stored = Outlines.stored(self.data.index, sample.rows)
+                sample = replace(sample, outlines=stored.mapped(scaling(sample.scale, sample.offset)))
             if partner:
                 self._keep(i, sample)
             return sample

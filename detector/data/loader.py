@@ -143,8 +143,9 @@ class Loader:
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # The latter two: a batch's memory is handed over by its worker, which may be gone by then.
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 raise DataError(
                     f"a data worker was ended from outside, most often because memory ran out ({error}):"
@@ -259,7 +260,7 @@ def _apply(change: Active, sample: Sample, rng: np.random.Generator, pool: Pool)
 class _EvalSource(_Source):
     def sample(self, key: Key, failures: list[str]) -> Sample:
         try:
-            return self.resize(self.data[key.image])
+            return self.resize(self.data.reduced(key.image))
         except DataError as error:
             failures.append(str(error))
             return self.resize(_blank(self.data, key.image))

@@ -202,7 +202,11 @@ def _statistics(summary: Summary) -> Table:
         late = [share for x in results if x is not None for _, share in x["flips"][len(x["flips"]) // 2 :]]
         cells.append(f"{Spread.of(late).mean:.3f}" if late else "–")
         rows.append(tuple(cells))
-    return Table("Assignment", (*(("data",) if several else ()), "arm", *_COLUMNS.values(), "flips"), tuple(rows))
+    return Table(
+        "Means over objects, then over seeds",
+        (*(("data",) if several else ()), "arm", *_COLUMNS.values(), "flips"),
+        tuple(rows),
+    )
 
 
 def _statistics_plots(summary: Summary, dataset: str) -> list[Plot]:
@@ -261,7 +265,11 @@ def _miss_plots(seen: dict[str, list[Seen]], arms: Sequence[str], prefix: str) -
 def _differences(summary: Summary) -> Table:
     rows = [(d.arm, d.key, _text(d.baseline), _text(d.value), "yes" if d.announced else "no")
             for d in summary.differences]  # fmt: skip
-    return Table("Differences", ("arm", "key", summary.study.reference, "the arm's", "the study says so"), tuple(rows))
+    return Table(
+        "Keys whose resolved value is not the baseline's",
+        ("arm", "key", summary.study.reference, "the arm's", "the study says so"),
+        tuple(rows),
+    )
 
 
 def _text(value: Any) -> str:

@@ -112,7 +112,7 @@ class Runner:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.study.threads)}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
-        self.say(f"{cell.name}: {'going on' if one.state == 'started' else 'started'}")
+        self.say(f"{cell.name}: {'going on' if cell.run.is_dir() else 'started'}")
         return _Process(cell, task, environment)
 
 

@@ -50,8 +50,6 @@ class DenseDetector(nn.Module):
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
         self.register_buffer("scale", (1 / std)[:, None, None], persistent=False)
         self.register_buffer("shift", (-mean / std)[:, None, None], persistent=False)
-        # The order that convolutions are fastest in: on GPUs in half precision, on CPUs with AVX-512.
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, objects: Objects | None = None, sizes: Tensor | None = None) -> Outputs:
         """`objects` and `sizes` are for models whose forward pass depends on the truth, or on where images end."""

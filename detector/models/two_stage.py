@@ -117,7 +117,6 @@ class TwoStageDetector(nn.Module):
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
         self.register_buffer("scale", (1 / std)[:, None, None], persistent=False)
         self.register_buffer("shift", (-mean / std)[:, None, None], persistent=False)
-        self.to(memory_format=torch.channels_last)
 
     def forward(
         self, images: Tensor, objects: Objects | None = None, sizes: Tensor | None = None

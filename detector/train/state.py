@@ -64,7 +64,8 @@ class TrainingState:
             criterion = config.criterion.build(config.assigner, len(index.classes))
             module = TrainingModule(model, criterion, settings.precision)
         drawn.again(module.named_parameters(), config.seed)
-        module = module.to(device).train()
+        # The order that convolutions are fastest in: on GPUs in half precision, on CPUs with AVX-512.
+        module = module.to(device=device, memory_format=torch.channels_last).train()
         return cls(
             config=config,
             index=index,

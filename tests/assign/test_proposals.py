@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from detector.assign import Assigner, MaxIou, Rule
+from detector.errors import ConfigError
 from detector.structures import IGNORED, Predictions, Priors
 from tests.assign.make import batch, random_boxes
 from tests.assign.test_guarantees import NeverWaits
 
 SIZE = (200, 264)
 RULES: list[Assigner] = [rule() for rule in get_args(get_args(Rule)[0])]
+OF_CELLS = ("yolo_ratio", "yolo_best", "center_gaussian")
 RCNN = MaxIou(positive_iou=0.5, negative_iou=0.5, low_quality="none")
 
 
@@ -33,7 +35,15 @@ def truth():  # type: ignore[no-untyped-def]
     return batch(*images, ignore=regions, sizes=sizes)
 
 
-@pytest.mark.parametrize("rule", [*RULES, RCNN], ids=lambda r: r.type)
+@pytest.mark.parametrize("rule", [r for r in RULES if r.type in OF_CELLS], ids=lambda r: r.type)
+def test_rules_of_cells_say_that_proposals_lie_on_none(rule: Assigner) -> None:
+    priors, objects = proposals(), truth()
+    said = Predictions(torch.zeros(4, 60, 3), priors.boxes)
+    with pytest.raises(ConfigError, match=f"{rule.type} gives objects to cells of a grid.*choose a rule"):
+        rule(priors, objects, said)
+
+
+@pytest.mark.parametrize("rule", [*(r for r in RULES if r.type not in OF_CELLS), RCNN], ids=lambda r: r.type)
 def test_the_batch_is_its_images(rule: Assigner) -> None:
     priors, objects = proposals(), truth()
     random = torch.Generator().manual_seed(0)

@@ -76,8 +76,8 @@ def said(priors: Priors, objects: Objects, seed: int = 0, classes: int = 3) -> P
 
 
 def rows(found: Assignment) -> Tensor:
-    """(P, 2) prior and object of the pairs that count, in order; and (P, 2) quality and weight."""
-    kept = found.weight > 0
+    """(P, 3) of the pairs that count, in order: prior and object as one number, quality, weight."""
+    kept = found.weight * found.quality > 1e-12
     key = found.prior[kept] * 100_000 + found.object[kept]
     key, order = key.sort(stable=True)
     values = torch.stack([found.quality[kept], found.weight[kept]], 1)[order]

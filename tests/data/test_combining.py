@@ -21,6 +21,7 @@ from detector.data.outlines import Frame
 from detector.data.perspective import LargeScaleJitter, RandomPerspective
 from detector.data.pool import Pool
 from detector.data.resize import Fixed, Letterbox
+from detector.data.sample import Sample
 from detector.data.sampler import Key
 from detector.data.shapes import ShapeSet, ensure
 from detector.data.steps import Step, When, active, never_on
@@ -131,6 +132,19 @@ def test_partners_are_others_and_hold_what_is_asked_for(data: CocoData) -> None:
     empty = [i for i in range(COUNT) if len(data[i].boxes) == 0]
     holding = {pool.draw(rng, "masks").image_id for _ in range(200)}
     assert holding == drawn - {int(data.index.image_ids[i]) for i in empty}
+
+
+def test_masks_fit_images_that_are_read_at_another_scale(data: CocoData) -> None:
+    class Half(CocoData):
+        def __getitem__(self, i: int) -> Sample:
+            return Fixed(size=(24, 32))(super().__getitem__(i))
+
+    reader = Reader(Half(data.index), max_unreadable=0, masks=True, keep=0)
+    for i in range(COUNT):
+        sample = reader.read(i, [])
+        assert sample.outlines is not None
+        for k, box in enumerate(sample.boxes):
+            assert np.abs(sample.outlines.extent(k) - box).max() <= 0.6, "half of a pixel of the annotation"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -134,7 +134,10 @@ def test_the_rule_picker(done: Place, browser: Any) -> None:
 def test_it_prints(done: Place, browser: Any) -> None:
     import base64
 
-    shown(browser, done.out / "report.html", 1200)
+    shown(browser, done.out / "report.html", 720)  # about the width of a sheet of A4 within its margins
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 720
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     content = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
     assert content.startswith(b"%PDF")
     pages = len(re.findall(rb"/Type\s*/Page\b", content))

@@ -65,7 +65,7 @@ def compare(
     torch.manual_seed(0)
     images = random_images(BATCH, side).to(device)
     sizes = torch.full((BATCH, 2), float(side), device=device)
-    trained = method.model.build(NUM_CLASSES).to(device=device, memory_format=torch.channels_last).eval()
+    trained = method.model.build(NUM_CLASSES).to(device).to(memory_format=torch.channels_last).eval()
     peer = build_peer(method, side).to(device).eval()
     floats = list(images.float().div(255).contiguous())
     with torch.inference_mode():

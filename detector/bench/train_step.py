@@ -69,7 +69,7 @@ def compare(method: Method, device: torch.device, side: int, turns: int, precisi
     torch.manual_seed(0)
     images, objects = random_images(BATCH, side).to(device), random_objects(BATCH, OBJECTS, (side, side)).to(device)
     ours, peer = (
-        method.model.build(NUM_CLASSES).to(device=device, memory_format=torch.channels_last),
+        method.model.build(NUM_CLASSES).to(device).to(memory_format=torch.channels_last),
         build_peer(method, side).to(device),
     )
     criterion = method.criterion.build(method.assigner, NUM_CLASSES).to(device)

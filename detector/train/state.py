@@ -65,7 +65,7 @@ class TrainingState:
             module = TrainingModule(model, criterion, settings.precision)
         drawn.again(module.named_parameters(), config.seed)
         # The order that convolutions are fastest in: on GPUs in half precision, on CPUs with AVX-512.
-        module = module.to(device=device, memory_format=torch.channels_last).train()
+        module = module.to(device).to(memory_format=torch.channels_last).train()
         return cls(
             config=config,
             index=index,

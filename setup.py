@@ -59,6 +59,7 @@ setup(
             "detector-check-data=detector.cli.check_data:main",
             "detector-make-shapes=detector.cli.make_shapes:main",
             "detector-config=detector.cli.config:main",
+            "detector-convert-weights=detector.cli.convert_weights:main",
             "detector-compare=detector.cli.compare:main",
             "detector-assignment=detector.cli.assignment:main",
         ]

@@ -17,7 +17,7 @@ from detector.evaluate.truth import Truth
 from detector.lab.grid import Cell
 from detector.lab.misses import Miss, Seen, worst
 from detector.lab.pictures import crop, jpeg, rule_row
-from detector.lab.record import assignment_of, restore
+from detector.lab.record import assignment_of, dense_part, restore
 from detector.lab.study import StudyConfig
 from detector.lab.treatment import overlap
 from detector.train.folder import RunFiles
@@ -54,8 +54,10 @@ def scenes(study: StudyConfig, cells: Sequence[Cell], dataset: str) -> tuple[lis
                 batch = collate([sample], pad_multiple=cell.config.data.pad_multiple)
                 with inference(module):
                     outputs = module.model(batch.images, batch.objects)
-                    assignment = assignment_of(outputs, module.criterion(outputs, batch.objects).assignments)
-                row = rule_row(batch, outputs.priors, assignment, data.index.classes, arm, panel=260)
+                    assignments = module.criterion(outputs, batch.objects).assignments
+                dense = dense_part(outputs)
+                assignment = assignment_of(dense, assignments)
+                row = rule_row(batch, dense.priors, assignment, data.index.classes, arm, panel=260)
                 pictures.setdefault(i, {})[arm] = uri(jpeg(row))
                 titles[i] = f"image {int(data.index.image_ids[i])} of {dataset}"
         except (CheckpointError, DataError) as error:

@@ -21,7 +21,7 @@ from detector.evaluate.truth import Truth, lookup
 from detector.lab.survey import flips, metrics, survey
 from detector.lab.treatment import Treatment, concatenate, treat
 from detector.models.layers import autocast
-from detector.structures import Assignment, Outputs
+from detector.structures import Assignment, Outputs, TwoStageOutputs
 from detector.train.checkpoint import check_classes, load_checkpoint
 from detector.train.device import find_device
 from detector.train.folder import RunFiles
@@ -71,9 +71,13 @@ def observe(config: RunConfig, checkpoint: Path, split: SplitName) -> Record:
             batch = batch.to(device)
             with autocast(device, config.train.precision):
                 outputs = module.model(batch.images, batch.objects)
-            evaluator.add(batch.ids, to_original(decode(outputs, batch.sizes, decoding), batch))
-            assignment = assignment_of(outputs, module.criterion(outputs, batch.objects).assignments)
-            treated.append(treat(outputs.priors, batch.objects, assignment, outputs.detached()))
+                # With the truth, a two-stage model says what it learns from instead of what it finds.
+                two_stage = isinstance(outputs, TwoStageOutputs)
+                found = module.model(batch.images, sizes=batch.sizes) if two_stage else outputs
+            evaluator.add(batch.ids, to_original(decode(found, batch.sizes, decoding), batch))
+            assignments = module.criterion(outputs, batch.objects).assignments
+            dense = dense_part(outputs)
+            treated.append(treat(dense.priors, batch.objects, assignment_of(dense, assignments), dense.detached()))
     treatment = concatenate(treated)
     return Record(
         result=evaluator.result(),
@@ -81,6 +85,11 @@ def observe(config: RunConfig, checkpoint: Path, split: SplitName) -> Record:
         treatment=treatment,
         annotation=_annotations(data, loader.unreadable, len(treatment)),
     )
+
+
+def dense_part(outputs: Outputs | TwoStageOutputs) -> Outputs:
+    """What the run's rule labels: of a two-stage model its RPN's anchors."""
+    return outputs.rpn if isinstance(outputs, TwoStageOutputs) else outputs
 
 
 def assignment_of(outputs: Outputs, assignments: dict[str, Assignment]) -> Assignment:

@@ -46,7 +46,7 @@ class TowerLayer(nn.Module):
 
     def __init__(self, in_channels: int, config: HeadConfig, levels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        bias = config.norm == "none"
+        bias = config.norm == "none" or config.tower_bias
         # One, or, once batch norms were folded into it, one for each level; so are the norms.
         self.convs = nn.ModuleList([conv2d(in_channels, config.channels, kernel_size, kind=config.conv, bias=bias)])
         norms = levels if config.norm == "batch" else 1

@@ -23,6 +23,7 @@ class HeadConfig(Node):
     channels: int = Field(256, ge=1)
     norm: NormKind = Field("group", description="batch: each level has its own statistics, see TowerLayer")
     conv: ConvKind = Field("plain", description="separable: light 3 x 3 convolutions, the predicting ones included")
+    tower_bias: bool = Field(False, description="a bias before a norm too, as torchvision's FCOS has it")
     level_scale: bool = Field(False, description="a learnt factor for the raw boxes of each level (FCOS)")
     quality: bool = Field(False, description="predict a centerness or IoU from the features of the boxes")
     prior_probability: float = Field(0.01, gt=0, lt=1, description="class score of every prior before training")

@@ -6,6 +6,7 @@ evaluation in between and resuming change no byte.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -32,6 +33,8 @@ from detector.errors import DataError, UserError
 from detector.structures import Batch
 
 _log = logging.getLogger(__name__)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT = 1 << 28  # bytes
 
 
 def train_loader(
@@ -295,5 +298,18 @@ def _start_worker(_: int) -> None:
     the middle of the main process's last step.
     """
     cv2.setNumThreads(0)
+    _keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def _keep_memory() -> None:
+    """Lets this process keep the memory of one image for the next.
+
+    glibc gives large blocks back to the system at once and gets them again page by page: of a worker's time for images
+    of 800x1066 that was a sixth.  Larger blocks than these go back all the same.  Other libraries: nothing is done.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _KEPT)
+        set_option(_M_TRIM_THRESHOLD, _KEPT)

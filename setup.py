@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 recipe_packages = {"detector.recipes": "configs"}
 for folder in sorted(p for p in Path("configs").rglob("*") if p.is_dir() and any(p.glob("*.yaml"))):
+    if folder.name == "studies":  # what `tools/compare.py` reads: no recipes
+        continue
     recipe_packages["detector.recipes." + ".".join(folder.relative_to("configs").parts)] = folder.as_posix()
 
 setup(
@@ -16,10 +18,13 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["detector", "detector.*"]), *recipe_packages],
     package_dir=recipe_packages,
-    package_data={name: ["*.yaml", "*.json"] for name in recipe_packages} | {"detector": ["py.typed"]},
+    package_data={name: ["*.yaml", "*.json"] for name in recipe_packages} | {"detector": ["py.typed", "lab/*.html"]},
     install_requires=[
         "albumentations>=2.0.8,<2.1",
         "hotcoco>=1.3,<2",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "msgspec>=0.19",
         "numpy>=2.0",
         "opencv-python-headless>=5",
         "pillow>=10",
@@ -29,6 +34,7 @@ setup(
         "rich>=13",
         "safetensors>=0.4",
         "scipy>=1.11",
+        "simplejpeg>=1.8",
         "tensorboard>=2.17",
         "timm>=1.0.15,<2",
         "torch>=2.6",
@@ -40,6 +46,7 @@ setup(
             "mypy>=1.15",
             "pytest>=8",
             "ruff>=0.9",
+            "selenium>=4.20",
             "types-PyYAML",
         ],
     },
@@ -48,9 +55,13 @@ setup(
             "detector-train=detector.cli.train:main",
             "detector-eval=detector.cli.eval:main",
             "detector-predict=detector.cli.predict:main",
+            "detector-browse-data=detector.cli.browse_data:main",
             "detector-check-data=detector.cli.check_data:main",
             "detector-make-shapes=detector.cli.make_shapes:main",
             "detector-config=detector.cli.config:main",
+            "detector-convert-weights=detector.cli.convert_weights:main",
+            "detector-compare=detector.cli.compare:main",
+            "detector-assignment=detector.cli.assignment:main",
         ]
     },
 )

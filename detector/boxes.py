@@ -71,6 +71,11 @@ def coverage(a: Tensor, b: Tensor) -> Tensor:
     return intersection(a, b) / area(a).clamp(min=EPS)
 
 
+def edge_distances(points: Tensor, boxes: Tensor) -> Tensor:
+    """(..., 2), (..., 4) xyxy -> (..., 4) pixels from a point to the left, top, right, bottom edge; < 0 outside."""
+    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
+
+
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """(..., 4), (..., 4) xyxy -> (...) in [0, 1]: intersection over union."""
     return _iou_and_union(a, b)[0]

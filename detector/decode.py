@@ -56,9 +56,10 @@ def decode(outputs: Outputs, sizes: Tensor, config: DecodeConfig) -> list[Detect
     batch, num_classes = len(outputs.class_logits), outputs.class_logits.shape[2]
     prior, label = _candidates(outputs.class_logits, outputs.priors.level_sizes, config.pre_nms_topk)
     scores, above = _scores(outputs, prior, label, config)
-    boxes = outputs.coder.decode(
-        outputs.priors.boxes[prior], outputs.priors.stride[prior], _gather(outputs.box_raw, prior)
-    )
+    priors = _gather(outputs.priors.boxes, prior) if outputs.priors.per_image else outputs.priors.boxes[prior]
+    raw = outputs.box_raw
+    raw = _gather(raw, prior) if raw.dim() == 3 else _gather(raw.flatten(1, 2), prior * num_classes + label)
+    boxes = outputs.coder.decode(priors, outputs.priors.stride[prior], raw)
     boxes = clip(boxes, sizes[:, None])
     width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
     kept = above & (width > config.min_size) & (height > config.min_size)

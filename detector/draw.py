@@ -29,7 +29,7 @@ def detections(image: np.ndarray, found: Detections, classes: Sequence[str], thr
     is left out; its box stays.
     """
     picture = np.ascontiguousarray(image).copy()
-    boxes, scores, labels = (_array(t) for t in (found.boxes, found.scores, found.labels))
+    boxes, scores, labels = (array(t) for t in (found.boxes, found.scores, found.labels))
     order = [i for i in np.argsort(-scores, kind="stable").tolist() if scores[i] >= threshold]
     places = canvas.Labels(picture, canvas.font_size(picture))
     for i in reversed(order):
@@ -46,15 +46,23 @@ def sample_sheet(batch: Batch, classes: Sequence[str], limit: int = 16, panel: i
 
     `panel`: width and height of one image's place, in pixels.
     """
-    panels = []
-    for i in range(min(len(batch), limit)):
-        picture, scale = canvas.fit(_image(batch, i), panel, panel)
-        objects = batch.objects.select_image(i).to("cpu")
-        _draw_truth(picture, objects, scale, classes)
-        counts = f"{len(objects)} objects" + (f", {len(objects.ignore)} crowds" if len(objects.ignore) else "")
-        panels.append(_framed(picture, panel, f"image {int(batch.ids[i])}: {counts}"))
+    panels = [_sample_panel(batch, i, classes, panel) for i in range(min(len(batch), limit))]
     columns = math.ceil(math.sqrt(len(panels)))
-    return _column([_row(panels[i : i + columns]) for i in range(0, len(panels), columns)])
+    return stacked([side_by_side(panels[i : i + columns]) for i in range(0, len(panels), columns)])
+
+
+def pair_sheet(
+    before: Batch, after: Batch, classes: Sequence[str], titles: Sequence[str], columns: int, panel: int
+) -> np.ndarray:
+    """Each image of `before` beside the one in its place in `after`, with their objects; `columns` pairs in a row.
+
+    `titles`: what to say above each pair.  `panel`: width and height of one image's place, in pixels.
+    """
+    pairs = []
+    for i, title in enumerate(titles):
+        pair = side_by_side([_sample_panel(batch, i, classes, panel) for batch in (before, after)])
+        pairs.append(framed(pair, pair.shape[1], title))
+    return stacked([side_by_side(pairs[i : i + columns]) for i in range(0, len(pairs), columns)])
 
 
 def assignment_sheet(
@@ -68,13 +76,13 @@ def assignment_sheet(
     The boxes of a panel are the objects that this level learns; objects that no level learns are dashed and named in
     the first panel, crowd regions dashed in white.
     """
-    centers, stride, level = _array(priors.centers), _array(priors.stride), _array(priors.level)
-    owner, prior = _array(assignment.object), _array(assignment.prior)
-    kept, quality = _array(assignment.weight) > 0, _array(assignment.quality)
+    centers, stride, level = array(priors.centers), array(priors.stride), array(priors.level)
+    owner, prior = array(assignment.object), array(assignment.prior)
+    kept, quality = array(assignment.weight) > 0, array(assignment.quality)
     chosen = np.argsort(quality, kind="stable")  # the best is drawn last
     chosen = chosen[kept[chosen]]
     owner, image, prior = owner[chosen], prior[chosen] // assignment.num_priors, prior[chosen] % assignment.num_priors
-    ignored = _array(assignment.ignored)
+    ignored = array(assignment.ignored)
     rows = []
     for i in range(min(len(batch), limit)):
         mine = image == i
@@ -90,10 +98,10 @@ def assignment_sheet(
                 picture, centers[prior[on]] * drawn.scale, stride[prior[on]] * drawn.scale, drawn.number(owner[on])
             )
             title = f"stride {reach:g}: {on.sum()} positive, {skipped.sum()} ignored"
-            row.append(_framed(picture, panel, title))
+            row.append(framed(picture, panel, title))
         title = f"image {int(batch.ids[i])}: {drawn.count} objects, {len(drawn.missing)} without any prior"
-        rows.append(_framed(_row(row), panel * len(row), title))
-    return _column(rows)
+        rows.append(framed(side_by_side(row), panel * len(row), title))
+    return stacked(rows)
 
 
 def write(path: Path, image: np.ndarray) -> None:
@@ -109,8 +117,17 @@ def write(path: Path, image: np.ndarray) -> None:
     write_whole(path, content.tobytes())
 
 
+def _sample_panel(batch: Batch, i: int, classes: Sequence[str], panel: int) -> np.ndarray:
+    """One image with its objects, and how many there are."""
+    picture, scale = canvas.fit(image_of(batch, i), panel, panel)
+    objects = batch.objects.select_image(i).to("cpu")
+    _draw_truth(picture, objects, scale, classes)
+    counts = f"{len(objects)} objects" + (f", {len(objects.ignore)} crowds" if len(objects.ignore) else "")
+    return framed(picture, panel, f"image {int(batch.ids[i])}: {counts}")
+
+
 def _draw_truth(picture: np.ndarray, objects: Objects, scale: float, classes: Sequence[str]) -> None:
-    boxes, labels, crowds = _array(objects.boxes) * scale, _array(objects.labels), _array(objects.ignore) * scale
+    boxes, labels, crowds = array(objects.boxes) * scale, array(objects.labels), array(objects.ignore) * scale
     places = canvas.Labels(picture, canvas.font_size(picture))
     for crowd in crowds:
         canvas.hatch(picture, crowd)
@@ -130,10 +147,10 @@ class _Drawn:
 
     def __init__(self, batch: Batch, i: int, classes: Sequence[str], learned: np.ndarray, panel: int) -> None:
         truth = batch.objects
-        self.faded, self.scale = canvas.fit(_faded(_image(batch, i)), panel, panel)
-        self.boxes, self.labels = _array(truth.boxes) * self.scale, _array(truth.labels)
-        self.crowds = _array(truth.ignore)[_array(truth.ignore_image) == i] * self.scale
-        mine = np.flatnonzero(_array(truth.image) == i)
+        self.faded, self.scale = canvas.fit(faded(image_of(batch, i)), panel, panel)
+        self.boxes, self.labels = array(truth.boxes) * self.scale, array(truth.labels)
+        self.crowds = array(truth.ignore)[array(truth.ignore_image) == i] * self.scale
+        mine = np.flatnonzero(array(truth.image) == i)
         self.count, self.first = len(mine), int(mine[0]) if len(mine) else 0
         self.missing = np.setdiff1d(mine, learned)
         self.classes = classes
@@ -183,7 +200,7 @@ def _draw_crosses(picture: np.ndarray, centers: np.ndarray, stride: float) -> No
         cv2.drawMarker(picture, (x, y), canvas.BLACK, cv2.MARKER_TILTED_CROSS, size, 1)
 
 
-def _framed(picture: np.ndarray, width: int, title: str) -> np.ndarray:
+def framed(picture: np.ndarray, width: int, title: str) -> np.ndarray:
     """The picture under its title, on white of at least `width`."""
     width = max(width, picture.shape[1])
     size = 13
@@ -195,7 +212,7 @@ def _framed(picture: np.ndarray, width: int, title: str) -> np.ndarray:
     return panel
 
 
-def _row(panels: Sequence[np.ndarray]) -> np.ndarray:
+def side_by_side(panels: Sequence[np.ndarray]) -> np.ndarray:
     """Side by side, on white."""
     height = max(p.shape[0] for p in panels)
     row = np.full((height, sum(p.shape[1] + _MARGIN for p in panels) + _MARGIN, 3), 255, dtype=np.uint8)
@@ -206,7 +223,7 @@ def _row(panels: Sequence[np.ndarray]) -> np.ndarray:
     return row
 
 
-def _column(rows: Sequence[np.ndarray]) -> np.ndarray:
+def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
     """One below the other, on white."""
     width = max(r.shape[1] for r in rows)
     sheet = np.full((sum(r.shape[0] + _MARGIN for r in rows) + _MARGIN, width, 3), 255, dtype=np.uint8)
@@ -217,13 +234,13 @@ def _column(rows: Sequence[np.ndarray]) -> np.ndarray:
     return sheet
 
 
-def _image(batch: Batch, i: int) -> np.ndarray:
+def image_of(batch: Batch, i: int) -> np.ndarray:
     """(h, w, 3) image `i` without the batch's padding."""
     height, width = (int(n) for n in batch.sizes[i])
-    return np.ascontiguousarray(_array(batch.images[i, :, :height, :width]).transpose(1, 2, 0))
+    return np.ascontiguousarray(array(batch.images[i, :, :height, :width]).transpose(1, 2, 0))
 
 
-def _faded(image: np.ndarray) -> np.ndarray:
+def faded(image: np.ndarray) -> np.ndarray:
     """Grey and paler, so that colours on it stand out."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
     return np.repeat((110 + grey * 0.5)[..., None].astype(np.uint8), 3, axis=2)
@@ -234,5 +251,5 @@ def _line_width(picture: np.ndarray, corners: np.ndarray) -> int:
     return min(canvas.line_width(picture), max(1, int(min(corners[2:] - corners[:2]) // 10)))
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()

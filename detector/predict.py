@@ -29,17 +29,16 @@ from detector.decode import DecodeConfig, decode
 from detector.errors import CheckpointError, DataError
 from detector.evaluate.runner import to_original
 from detector.models.fold import fold_batch_norm
-from detector.models.layers import Precision
+from detector.models.layers import DTYPES, Precision
 from detector.structures import Detections
 from detector.train.checkpoint import load_checkpoint
 from detector.train.device import find_device
 
 if TYPE_CHECKING:
-    from detector.models.dense import DenseDetector
+    from detector.models import Network
 
 # A path, an array (H, W, 3) uint8 RGB, or a Pillow image.
 AnyImage = str | PathLike[str] | np.ndarray | Image.Image
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Detector:
     def __init__(
         self,
         *,
-        model: DenseDetector,
+        model: Network,
         classes: Sequence[str],
         resize: Resize,
         pad_multiple: int,
@@ -77,7 +76,7 @@ class Detector:
         self.classes = tuple(classes)
         self.device, self.precision = device, precision
         self._resize, self._pad_multiple, self._decode = resize, pad_multiple, decode_config
-        self._model: nn.Module = fold_batch_norm(model).to(device=device, dtype=_DTYPES[precision])
+        self._model: nn.Module = fold_batch_norm(model).to(device=device, dtype=DTYPES[precision])
 
     @overload
     def __call__(self, images: AnyImage) -> Found: ...
@@ -99,7 +98,7 @@ class Detector:
     def _detect(self, images: list[np.ndarray]) -> list[Found]:
         samples = [self._resize(_sample(image)) for image in images]
         batch = collate(samples, pad_multiple=self._pad_multiple, canvas=self._resize.canvas()).to(self.device)
-        outputs = self._model(batch.images)
+        outputs = self._model(batch.images, sizes=batch.sizes)
         outputs = replace(outputs, box_raw=outputs.box_raw.float())  # coordinates need more digits than half has
         found = to_original(decode(outputs, batch.sizes, self._decode), batch)
         return [self._named(detections.cpu()) for detections in found]
@@ -147,7 +146,7 @@ def load(
 class Restored:
     """A trained network with what belongs to it."""
 
-    model: DenseDetector  # on the CPU, in evaluation mode
+    model: Network  # on the CPU, in evaluation mode
     classes: tuple[str, ...]
     config: RunConfig
     averaged: bool  # whether these are the averaged weights

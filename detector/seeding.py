@@ -3,6 +3,7 @@
     order of an epoch            generator(seed, ORDER, epoch)
     augmentation of one sample   generator(seed, SAMPLE, epoch, index)
     dropout and the like         integer(seed, STEP, step)
+    first values of a parameter  integer(seed, INIT, checksum of its name)
 
 So nothing about randomness has to be saved: workers, evaluation in between and resuming change nothing.
 """

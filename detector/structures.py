@@ -45,17 +45,33 @@ class Grid:
 
 @dataclass(frozen=True)
 class Priors:
-    """What gets labelled, the same for every image of a batch: anchors, points (as squares) or proposals."""
+    """What gets labelled: anchors or points (as squares), the same for every image, or each image's proposals.
 
-    boxes: Tensor  # (R, 4) float32 xyxy
+    Proposals are as many for each image: R is a fixed number, and whoever makes them says which are padding.
+    """
+
+    boxes: Tensor  # (R, 4) float32 xyxy; (B, R, 4) where every image has its own
     stride: Tensor  # (R,) float32 pixels
     level_sizes: tuple[int, ...]  # L numbers that sum to R
     grids: tuple[Grid, ...] = ()  # L grids; empty where priors lie on no grid (proposals)
 
+    @property
+    def per_image(self) -> bool:
+        """Whether every image has its own boxes."""
+        return self.boxes.dim() == 3
+
     @cached_property
     def centers(self) -> Tensor:
-        """(R, 2) x, y."""
-        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
+        """(R, 2) or (B, R, 2) x, y."""
+        return (self.boxes[..., :2] + self.boxes[..., 2:]) / 2
+
+    def boxes_of(self, prior: Tensor) -> Tensor:
+        """(P,) int64 image * R + prior -> (P, 4)."""
+        return self.boxes.flatten(0, 1)[prior] if self.per_image else self.boxes[prior % len(self)]
+
+    def select_image(self, i: int) -> Priors:
+        """Those of image `i`, (R, 4)."""
+        return replace(self, boxes=self.boxes[i]) if self.per_image else self
 
     @cached_property
     def level(self) -> Tensor:
@@ -65,7 +81,7 @@ class Priors:
         return torch.cat(parts)
 
     def __len__(self) -> int:
-        return len(self.boxes)
+        return self.boxes.shape[-2]
 
     def to(self, device: torch.device | str) -> Priors:
         return replace(self, boxes=self.boxes.to(device), stride=self.stride.to(device))
@@ -147,14 +163,20 @@ class Outputs:
 
     priors: Priors
     class_logits: Tensor  # (B, R, K)
-    box_raw: Tensor  # (B, R, C) in the coder's own units; C is the coder's `channels`
+    box_raw: Tensor  # (B, R, C) in the coder's own units, C its `channels`; (B, R, K, C) where each class has a box
     quality_logits: Tensor | None  # (B, R)
     coder: Coder
 
     @cached_property
     def boxes(self) -> Tensor:
-        """(B, R, 4) xyxy: every box, decoded once, when somebody asks."""
+        """(B, R, 4) xyxy, or (B, R, K, 4): every box, decoded once, when somebody asks."""
+        if self.box_raw.dim() == 4:
+            return self.coder.decode(self.priors.boxes.unsqueeze(-2), self.priors.stride[:, None], self.box_raw)
         return self.coder.decode(self.priors.boxes, self.priors.stride, self.box_raw)
+
+    def priors_of(self, assignment: str) -> Priors:
+        """What the assignment of this name labels; all of a dense model's label the same."""
+        return self.priors
 
     def detached(self) -> Predictions:
         """For an assigner: float32, without a graph."""
@@ -190,6 +212,30 @@ class Assignment:
         kept = self.weight > 0
         flat[self.prior[kept]] = self.object[kept]
         return flat.view_as(self.ignored)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a box head of a two-stage model says about its sample of proposals, and what these should learn."""
+
+    outputs: (
+        Outputs  # priors: the S sampled proposals of each image.  Class logits as the head gives them, (B, S, K + 1)
+    )
+    assignment: Assignment  # of those proposals; padding is `ignored`
+
+
+@dataclass(frozen=True)
+class TwoStageOutputs:
+    """What a two-stage model says about a batch whose truth it was given; a graph hangs on it."""
+
+    rpn: Outputs  # of one class
+    stages: tuple[Stage, ...]
+
+    def priors_of(self, assignment: str) -> Priors:
+        """What the assignment of this name labels: "rpn", "stage_1", "stage_2", ..."""
+        if assignment == "rpn":
+            return self.rpn.priors
+        return self.stages[int(assignment.removeprefix("stage_")) - 1].outputs.priors
 
 
 @dataclass(frozen=True)

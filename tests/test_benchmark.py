@@ -12,8 +12,9 @@ import torch
 from detector.bench import assignment, inference, loading, scoring, train_step
 from detector.bench.document import update
 from detector.bench.measure import Table, Target, Times, peak_bytes, take_turns
-from detector.bench.networks import NUM_CLASSES, methods, random_images, random_objects
+from detector.bench.networks import NUM_CLASSES, PRECISIONS, methods, random_images, random_objects
 from detector.cli.benchmark import main
+from detector.models.layers import Precision
 from detector.models.priors import Points
 
 CPU = torch.device("cpu")
@@ -128,13 +129,15 @@ def test_so_many_candidates_pass_the_threshold(name: str) -> None:
     assert int((scores > inference.THRESHOLD).sum()) == pytest.approx(2 * inference.CANDIDATES, rel=0.05)
 
 
-def test_all_sides_of_a_train_step_run() -> None:
-    times = train_step.compare(methods("resnet18", 32)["FCOS"], CPU, side=64, turns=1)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_sides_of_a_train_step_run(precision: Precision) -> None:
+    times = train_step.compare(methods("resnet18", 32)["FCOS"], CPU, side=64, turns=1, precision=precision)
     assert set(times.seconds) == {"ours", "bare", "peer"}
 
 
-def test_all_sides_of_inference_run() -> None:
-    times, found = inference.compare(methods("resnet18", 32)["RetinaNet"], CPU, side=64, turns=1)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_sides_of_inference_run(precision: Precision) -> None:
+    times, found = inference.compare(methods("resnet18", 32)["RetinaNet"], CPU, side=64, turns=1, precision=precision)
     assert set(times.seconds) == {"ours", "network", "peer"}
     assert min(found) > 0
 
@@ -181,7 +184,7 @@ def test_command_writes_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "'speed': expected one or several of train, infer, assign, load, evaluate, or all"),
+        (["speed"], "'speed': expected one or several of train, infer, assign, load, evaluate, augment, or all"),
         (["--threads", "0"], "--threads: expected at least 1"),
         (["--quick", "--markdown", "x.md"], "--markdown: the times of a --quick run say nothing"),
     ],

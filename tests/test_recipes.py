@@ -4,16 +4,47 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from detector.assign import Rule
 from detector.config.load import load_config
 from detector.train.loop import train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ASSIGN = CONFIGS / "assign"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def recipes() -> list[object]:
+    """All of them; published methods, and rules beside the base of the comparison, only among the slow tests."""
+    slow = [p for folder in ("assign", "published") for p in (CONFIGS / folder).rglob("*.yaml") if p.stem != "base"]
+    return [
+        pytest.param(
+            p, id=p.relative_to(CONFIGS).with_suffix("").as_posix(), marks=[pytest.mark.slow] if p in slow else []
+        )
+        for p in sorted(CONFIGS.rglob("*.yaml"))
+        if p.parent.name != "studies"
+    ]
+
+
+def test_every_rule_has_a_recipe_that_changes_nothing_else() -> None:
+    """`configs/assign/<type>.yaml`, on top of base.yaml."""
+    rules = {rule.model_fields["type"].default for rule in get_args(get_args(Rule)[0])}
+    written = {path.stem for path in ASSIGN.glob("*.yaml")} - {"base"}
+    assert rules - written == set(), "rules without a recipe in configs/assign"
+    assert written - rules == set(), "recipes in configs/assign without a rule"
+    base = load_config(ASSIGN / "base.yaml")
+    for rule in rules:
+        path = ASSIGN / f"{rule}.yaml"
+        config = load_config(path)
+        assert config.assigner is not None
+        assert config.assigner.type == rule
+        assert config.model_copy(update={"assigner": base.assigner, "name": base.name}) == base
+        assert len(path.read_text().splitlines()) <= 12, f"{path}: a short file"
+
+
+@pytest.mark.parametrize("path", recipes())
 def test_the_loss_falls(path: Path, tmp_path: Path) -> None:
     config = load_config(
         path,
@@ -30,7 +61,7 @@ def test_the_loss_falls(path: Path, tmp_path: Path) -> None:
             "train.batch_size=2",
             # The published rates suit thousands of steps, and RetinaNet's towers without norms start slowly.
             "train.optimizer={type: adamw, lr: 1e-3, base_batch: null}",
-            "train.schedule.warmup={steps: 5}",
+            "train.schedule={type: cosine, warmup: {steps: 5}}",
             "train.evaluate_every=null",
             "train.log_every=5",
             "train.pictures=0",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detector.assign.base import Assigner, chunks
 from detector.assign.order import index_of, keys
-from detector.assign.predicted import AllPairs, scores
+from detector.assign.predicted import AllPairs
 from detector.boxes import pairwise_iou
 from detector.structures import Assignment, Objects, Predictions, Priors
 
@@ -23,11 +23,11 @@ EPS = 1e-7  # added to the divisor
 class TaskAligned(Assigner):
     """Positive are the `topk` priors of each object where class score and box together fit it best, if inside it.
 
-    The alignment is t = score^alpha * IoU^beta (equation 1); the score is that of the object's class, with a quality
-    branch the geometric mean of both probabilities.  All priors of the image compete, those outside the object too;
-    what is outside, or has t = 0, is dropped afterwards, as in the authors' code.  A prior wanted by several goes to
-    the highest IoU.  The class target is t scaled such that an object's best pair has the object's best IoU (section
-    3.3): t / (max t + 1e-7) * max IoU over the object's pairs.
+    The alignment is t = score^alpha * IoU^beta; the score is that of the object's class, with a quality branch the
+    geometric mean of both probabilities.  All priors of the image compete, those outside the object too; what is
+    outside, or has t = 0, is dropped afterwards, as in the authors' code.  A prior wanted by several goes to the
+    highest IoU.  The class target is t scaled such that an object's best pair has the object's best IoU:
+    t / (max t + 1e-7) * max IoU over the object's pairs.
 
     Ties: of equally aligned priors the first, of equal IoUs the first object.
     """
@@ -43,13 +43,12 @@ class TaskAligned(Assigner):
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None
-        pairs, count, quality = AllPairs(priors, objects, predictions), len(priors), predictions.quality_logits
+        pairs, count = AllPairs(priors, objects, predictions), len(priors)
         every = torch.arange(count, device=priors.boxes.device)
         plain = torch.zeros_like(every)
         picked, alignments = [], []
         for part in chunks(len(objects), count):
-            score = scores(pairs.own_logits(part), None if quality is None else quality[objects.image[part]])
-            alignment = score.pow_(self.alpha) * pairs.iou(part).pow_(self.beta)
+            alignment = pairs.own_scores(part).pow_(self.alpha).mul_(pairs.iou(part).pow_(self.beta))
             best = (keys(-alignment, plain) | every).topk(min(self.topk, count), 1, largest=False).values
             picked.append(index_of(best))
             alignments.append(alignment.gather(1, picked[-1]))

@@ -46,6 +46,7 @@ class Assigner(Node):
     soft_quality: ClassVar[bool] = False  # True: class targets say how good the pair is, False: all are 1
     synchronises: ClassVar[bool] = False  # True: waits for the device
     shares: ClassVar[bool] = False  # True: a prior may learn several objects
+    takes_proposals: ClassVar[bool] = False  # `assign` knows priors that differ by image; if not, images go one by one
 
     crowd_coverage: float = Field(
         default=0.5, ge=0, le=1
@@ -55,8 +56,8 @@ class Assigner(Node):
     def __call__(self, priors: Priors, objects: Objects, predictions: Predictions | None = None) -> Assignment:
         """Assign a whole batch.
 
-        priors: R priors, the same for all images.  objects: N objects of B images.  predictions: logits (B, R, K) and
-        boxes (B, R, 4) in any float type, needed where `uses_predictions`.
+        priors: R priors, the same for all images, or each image's own.  objects: N objects of B images.  predictions:
+        logits (B, R, K) and boxes (B, R, 4) in any float type, needed where `uses_predictions`.
 
         Raises ValueError where shapes, types or devices do not fit together.  Values are checked without waiting for
         the device (`torch._assert_async`): NaN predictions, and boxes that are not x1 y1 x2 y2, raise RuntimeError at
@@ -66,7 +67,8 @@ class Assigner(Node):
         with torch.no_grad(), _full_precision(priors.boxes.device):
             said = None if predictions is None else _to_float(predictions)
             if len(objects):
-                found = self.assign(priors, objects, said)
+                one_by_one = priors.per_image and not self.takes_proposals
+                found = (self._assign_images if one_by_one else self.assign)(priors, objects, said)
                 if self.keep_one:
                     from detector.assign.keep import keep_one  # which is built on this file
 
@@ -93,6 +95,9 @@ class Assigner(Node):
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         """The whole batch, N > 0; predictions are finite float32.  Unless overridden: one image after the other."""
+        return self._assign_images(priors, objects, predictions)
+
+    def _assign_images(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         parts = []
         for i in range(objects.batch_size):
             mine = (objects.image == i).nonzero().squeeze(1)
@@ -100,9 +105,9 @@ class Assigner(Node):
                 said = None if predictions is None else predictions.select_image(i)
                 parts.append(self.without_objects(priors, objects.select_image(i), said))
                 continue
-            one = self.assign_image(
-                priors, objects.select_image(i), None if predictions is None else predictions.select_image(i)
-            )
+            said = None if predictions is None else predictions.select_image(i)
+            single = self.assign_image if type(self).assign is Assigner.assign else self.assign
+            one = single(priors.select_image(i), objects.select_image(i), said)
             parts.append(replace(one, prior=one.prior + i * len(priors), object=mine[one.object]))
         weights = [one.background_weight for one in parts]
         full = next((w for w in weights if w is not None), None)
@@ -163,9 +168,10 @@ def nothing(priors: Priors, objects: Objects) -> Assignment:
 def crowded(priors: Priors, objects: Objects, coverage: float) -> Tensor:
     """(B, R) bool: more than `coverage` of the prior's own area lies in one crowd region of its image."""
     found = torch.zeros(objects.batch_size, len(priors), dtype=torch.uint8, device=priors.boxes.device)
-    low, high = priors.boxes[:, :2], priors.boxes[:, 2:]
-    own = (high - low).prod(1)
     for part in chunks(len(objects.ignore), len(priors)):
+        boxes = priors.boxes[objects.ignore_image[part]] if priors.per_image else priors.boxes
+        low, high = boxes[..., :2], boxes[..., 2:]
+        own = (high - low).prod(-1)
         region = objects.ignore[part, None]
         shared = torch.minimum(high, region[..., 2:]) - torch.maximum(low, region[..., :2])
         covered = shared.clamp(min=0).prod(-1) > coverage * own
@@ -215,7 +221,7 @@ def _to_float(predictions: Predictions) -> Predictions:
 def _check(priors: Priors, objects: Objects, predictions: Predictions | None, rule: Assigner) -> None:
     count, images, who = len(priors), objects.batch_size, type(rule).__name__
     expected: list[tuple[str, Tensor, tuple[int | None, ...], torch.dtype | None]] = [
-        ("priors.boxes", priors.boxes, (None, 4), torch.float32),
+        ("priors.boxes", priors.boxes, (images, None, 4) if priors.per_image else (None, 4), torch.float32),
         ("priors.stride", priors.stride, (count,), torch.float32),
         ("objects.boxes", objects.boxes, (None, 4), torch.float32),
         ("objects.labels", objects.labels, (len(objects),), torch.int64),
@@ -253,7 +259,7 @@ def _check(priors: Priors, objects: Objects, predictions: Predictions | None, ru
 def _check_values(priors: Priors, objects: Objects, predictions: Predictions | None) -> None:
     """Without waiting for the device."""
     for name, boxes in (("priors", priors.boxes), ("objects", objects.boxes)):
-        torch._assert_async((boxes[:, 2:] >= boxes[:, :2]).all(), f"{name}.boxes are not x1 y1 x2 y2 (or hold NaN)")
+        torch._assert_async((boxes[..., 2:] >= boxes[..., :2]).all(), f"{name}.boxes are not x1 y1 x2 y2 (or hold NaN)")
     if predictions is not None:
         nan = predictions.class_logits.isnan().any() | predictions.boxes.isnan().any()
         if predictions.quality_logits is not None:

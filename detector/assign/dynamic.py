@@ -19,11 +19,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from detector.assign.base import Assigner, chunks
 from detector.assign.order import LAST, index_of, keys, tier_of
-from detector.assign.predicted import AllPairs, over_classes, scores
+from detector.assign.predicted import AllPairs, log_or_floor, over_classes, scores, softplus
 from detector.boxes import pairwise_iou
 from detector.structures import Assignment, Objects, Predictions, Priors
 
@@ -53,17 +52,16 @@ def cheapest_priors(
     cheapest = torch.full((images, count), LAST, device=background.device)
     asked, wanted = [], []
     for part in chunks(len(objects), count):
-        image = objects.image[part]
-        iou, among = pairs.iou(part), candidate[image]
+        iou, among = pairs.iou(part), pairs.of_image(candidate, part)
         own, late = cost(part, iou)
         tier = torch.where(among, PLAIN if late is None else late.long(), NEVER)
-        key = keys(own + background[image], tier)
+        key = keys(own + pairs.of_image(background, part), tier)
         best = (key | every).topk(topk, 1, largest=False).values  # sorted
         number = iou.where(among, 0).topk(topk, 1).values.sum(1).int().clamp(min=1)
         asked.append(index_of(best))
         wanted.append((rank < number[:, None]) & (tier_of(best) < NEVER))
         owner = torch.arange(part.start, part.stop, device=key.device)[:, None]
-        cheapest.scatter_reduce_(0, image[:, None].expand_as(key), key | owner, "amin")
+        cheapest.scatter_reduce_(0, objects.image[part, None].expand_as(key), key | owner, "amin")
     prior = torch.cat(asked) + objects.image[:, None] * count
     mine = torch.arange(len(objects), device=prior.device)[:, None].expand_as(prior)
     return _settle(
@@ -114,17 +112,17 @@ class SimOta(Assigner):
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None
-        pairs, quality = AllPairs(priors, objects, predictions), predictions.quality_logits
+        pairs = AllPairs(priors, objects, predictions)
 
         def may(part: slice) -> Tensor:
             return pairs.inside(part) | pairs.near(part, self.center_radius)
 
         def background(logits: Tensor, quality_logits: Tensor | None) -> Tensor:
-            return -self.class_weight * _floored(torch.log1p(-scores(logits, quality_logits)))
+            return -self.class_weight * log_or_floor(1 - scores(logits, quality_logits))
 
         def cost(part: slice, iou: Tensor) -> tuple[Tensor, Tensor]:
-            score = scores(pairs.own_logits(part), None if quality is None else quality[objects.image[part]])
-            own = _floored(torch.log1p(-score)) - _floored(score.log())
+            score = pairs.own_scores(part)
+            own = log_or_floor(1 - score) - log_or_floor(score)
             outer = ~(pairs.inside(part) & pairs.near(part, self.center_radius))
             return self.class_weight * own - self.iou_weight * (iou + EPS).log(), outer
 
@@ -178,8 +176,3 @@ class DynamicSoftLabel(Assigner):
             cost=cost,
             topk=self.topk,
         )
-
-
-def _floored(log_probability: Tensor) -> Tensor:
-    """As in torch's cross-entropy of probabilities."""
-    return log_probability.clamp(min=-100)

@@ -67,13 +67,14 @@ class Hungarian(Assigner):
         by_class = self.class_cost * (there - absent)  # (R, labels of the image)
         scale = 1 / _size(priors, objects)
         said = to_cxcywh(predictions.boxes[0] * scale)
-        rows = []
+        cost = by_class.new_empty(len(objects), len(priors))
         for part in chunks(len(objects), len(priors)):
             own = objects.boxes[part]
             apart = torch.cdist(to_cxcywh(own * scale), said, p=1)
             giou = pairwise_giou(own[:, None], predictions.boxes[0])
-            rows.append(by_class[:, column[part]].T + self.l1_cost * apart - self.giou_cost * giou)
-        return torch.cat(rows)
+            torch.add(by_class.T[column[part]], apart, alpha=self.l1_cost, out=cost[part])
+            cost[part].sub_(giou, alpha=self.giou_cost)
+        return cost
 
 
 def _size(priors: Priors, objects: Objects) -> Tensor:

@@ -24,8 +24,8 @@ def keys(cost: Tensor, tier: Tensor) -> Tensor:
     tier: int64 in 0..2, broadcasting; a lower one comes first whatever the cost.
     """
     bits = (cost + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative numbers are ordered the other way round
-    return (bits.long() + (tier << 32)) << INDEX_BITS
+    bits = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)  # negative numbers are ordered the other way round
+    return bits.long().add_(tier << 32).bitwise_left_shift_(INDEX_BITS)
 
 
 def index_of(key: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -50,6 +50,8 @@ class MaxIou(Assigner):
     several goes to the one that overlaps it most (mmdetection: to the last), and it always goes to an object whose best
     it is (torchvision, detectron2: to the prior's own best object, whose need it was not).
     """
+
+    takes_proposals: ClassVar[bool] = True
 
     type: Literal["max_iou"] = "max_iou"
     positive_iou: float = Field(default=0.5, gt=0, le=1)
@@ -115,12 +117,15 @@ class MaxIou(Assigner):
 
     def _on_all(self, priors: Priors, objects: Objects) -> tuple[Owners, Owners | None]:
         """The same for priors that lie on no grid: all pairs, in parts."""
-        sizes = priors.boxes[:, 2:] - priors.boxes[:, :2]
-        every = torch.arange(len(priors), device=sizes.device)
+        every = torch.arange(len(priors), device=priors.boxes.device)
         regular = Owners(priors, objects, len(priors))
         best = None if self.low_quality == "none" else Owners(priors, objects, len(priors))
         for part in chunks(len(objects), len(priors)):
-            gap = priors.centers.double() - objects.centers[part, None].double()  # (n, R, 2)
+            boxes, centers = priors.boxes, priors.centers
+            if priors.per_image:
+                boxes, centers = boxes[objects.image[part]], centers[objects.image[part]]
+            sizes = boxes[..., 2:] - boxes[..., :2]
+            gap = centers.double() - objects.centers[part, None].double()  # (n, R, 2)
             size = objects.boxes[part, None, 2:] - objects.boxes[part, None, :2]
             iou = iou_from(gap.float(), sizes, size)
             prior = every.expand_as(iou)

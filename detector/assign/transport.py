@@ -2,8 +2,8 @@
 
 Legend: B images, R priors of one image, N objects of the batch, C priors in reach of an object, K classes.
 
-Objects supply k units each, the background supplies the rest, every prior takes one.  The plan of least cost (equation
-5 of the paper), smoothed by an entropy of `eps`, is found by Sinkhorn-Knopp iterations (equations 6 to 11).
+Objects supply k units each, the background supplies the rest, every prior takes one.  The plan of least cost, smoothed
+by an entropy of weight `eps`, is found by Sinkhorn-Knopp iterations (Cuturi, "Sinkhorn Distances", NeurIPS 2013).
 
 A pair beyond the centre prior costs so much that nothing is ever shipped along it.  So those pairs are left out
 instead: the plan is a sparse matrix of the priors in reach, and the background's row.  All is done in the logarithm and
@@ -18,11 +18,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from detector.assign.base import Assigner, chunks, from_index
 from detector.assign.geometry import Owners, cells_near, kinds, windows
-from detector.assign.predicted import over_classes
+from detector.assign.predicted import over_classes, softplus
 from detector.boxes import pairwise_iou
 from detector.structures import BACKGROUND, Assignment, Objects, Predictions, Priors
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detector.bench.measure import Table, Target, Times, seconds_text, take_turns
-from detector.bench.networks import NUM_CLASSES, Method, build_peer, methods, random_images
+from detector.bench.networks import NUM_CLASSES, PRECISIONS, Method, build_peer, methods, random_images
 from detector.decode import decode
 from detector.models.dense import DenseDetector
 from detector.models.fold import fold_batch_norm
+from detector.models.layers import DTYPES, Precision, autocast
 
 BATCH, SIDE = 2, 512
 CANDIDATES = 1000  # (prior, class) pairs an image above the threshold
@@ -21,20 +23,21 @@ THRESHOLD = 0.05
 MOST_OF_PEER = 0.75
 
 METHOD = (
-    "The same networks, batch of {batch}, {side}x{side}, float32: images to boxes after NMS, at most 100 an image."
-    "  Ours: uint8 images, batch norms folded into convolutions as `detector.load` does.  torchvision: float images"
-    " (their conversion is not counted).  Untrained weights, but the class logits of both are scaled and shifted so"
-    " that {candidates:,} (prior, class) pairs an image pass the score threshold of 0.05; thresholds, candidates of a"
-    " level and NMS are the same.  In turns, {turns} of them after two of warm-up; ratios are medians over the turns,"
-    " in brackets their quartiles."
+    "The same networks, batch of {batch}, {side}x{side}, images to boxes after NMS, at most 100 an image.  Ours: uint8"
+    " images, batch norms folded into convolutions and weights in the precision asked for, as `detector.load` does."
+    "  torchvision: float images (their conversion is not counted), in bf16 under autocast, its only way there."
+    "  Untrained weights, but the class logits of both are scaled and shifted so that {candidates:,} (prior, class)"
+    " pairs an image pass the score threshold of 0.05; thresholds, candidates of a level and NMS are the same.  In"
+    " turns, {turns} of them after two of warm-up; ratios are medians over the turns, in brackets their quartiles."
 )
 
 
 def run(device: torch.device, quick: bool) -> Table:
     side, turns = (128, 2) if quick else (SIDE, 9)
     rows, targets, numbers = [], [], {}
-    for name, method in methods().items():
-        times, found = compare(method, device, side, turns)
+    for (title, method), precision in product(methods().items(), PRECISIONS):
+        name = f"{title}, {precision}"
+        times, found = compare(method, device, side, turns, precision)
         peer = times.ratio("ours", "peer")
         rows.append(
             (
@@ -56,17 +59,19 @@ def run(device: torch.device, quick: bool) -> Table:
     )
 
 
-def compare(method: Method, device: torch.device, side: int, turns: int) -> tuple[Times, tuple[int, int]]:
+def compare(
+    method: Method, device: torch.device, side: int, turns: int, precision: Precision
+) -> tuple[Times, tuple[int, int]]:
     torch.manual_seed(0)
     images = random_images(BATCH, side).to(device)
     sizes = torch.full((BATCH, 2), float(side), device=device)
-    trained = method.model.build(NUM_CLASSES).to(device).eval()
+    trained = method.model.build(NUM_CLASSES).to(device).to(memory_format=torch.channels_last).eval()
     peer = build_peer(method, side).to(device).eval()
     floats = list(images.float().div(255).contiguous())
     with torch.inference_mode():
         prepare_ours(trained, images)
         prepare_peer(peer, floats, method)
-    ours = fold_batch_norm(trained)
+    ours = fold_batch_norm(trained).to(DTYPES[precision])
 
     @torch.inference_mode()
     def find() -> int:
@@ -78,7 +83,8 @@ def compare(method: Method, device: torch.device, side: int, turns: int) -> tupl
 
     @torch.inference_mode()
     def peer_find() -> int:
-        return sum(len(found["boxes"]) for found in peer(floats))
+        with autocast(device, precision):
+            return sum(len(found["boxes"]) for found in peer(floats))
 
     times = take_turns({"ours": find, "network": network, "peer": peer_find}, device, turns=turns, warm_up=2)
     return times, (find(), peer_find())

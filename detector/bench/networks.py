@@ -23,11 +23,13 @@ from detector.models.backbones import BackboneConfig
 from detector.models.dense import DenseConfig
 from detector.models.dense_head import DenseHeadConfig
 from detector.models.fpn import FpnConfig
+from detector.models.layers import Precision
 from detector.models.priors import Anchors, Points
 from detector.seeding import SYNTHETIC, generator
 from detector.structures import Objects
 
 NUM_CLASSES = 80
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from detector.cli.common import run_command
 
-SUBJECTS = ("train", "infer", "assign", "load", "evaluate")
+SUBJECTS = ("train", "infer", "assign", "load", "evaluate", "augment")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmark",
-        description="Time what matters against the bare network, torchvision, the dense assigners, bare image decoding"
-        " and pycocotools, in turns within one run.",
+        description="Time what matters against the bare network, torchvision, the dense assigners, bare image decoding,"
+        " pycocotools and albumentations, in turns within one run.",
         epilog="Leave the machine alone while it runs.  A missed target is reported; the exit code stays 0.",
     )
     parser.add_argument("subjects", nargs="*", metavar="|".join((*SUBJECTS, "all")), help="default: all")
@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or else the profiler, which counts memory, writes to stderr
     import torch
 
-    from detector.bench import assignment, inference, loading, scoring, train_step
+    from detector.bench import assignment, augmentation, inference, loading, scoring, train_step
     from detector.bench.document import update
     from detector.bench.measure import machine
     from detector.files import write_whole
@@ -55,7 +55,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
-    runs = dict(zip(SUBJECTS, (t.run for t in (train_step, inference, assignment, loading, scoring)), strict=True))
+    subjects = (train_step, inference, assignment, loading, scoring, augmentation)
+    runs = dict(zip(SUBJECTS, (t.run for t in subjects), strict=True))
     chosen = [
         name for name in SUBJECTS if name in options.subjects or not options.subjects or "all" in options.subjects
     ]

@@ -58,11 +58,9 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _list(_: argparse.Namespace) -> int:
-    from detector.config.load import recipe_folders
+    from detector.config.load import recipe_names
 
-    for folder in recipe_folders():
-        for path in sorted(folder.rglob("*.yaml")):
-            print(path.relative_to(folder).as_posix())
+    print("\n".join(recipe_names()))
     return 0
 
 

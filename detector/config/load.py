@@ -9,7 +9,7 @@ import difflib
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +18,8 @@ from detector.config import yaml as files
 from detector.config.plugins import load_sections, tag_of, widen
 from detector.config.run import RunConfig
 from detector.errors import CheckpointError, ConfigError
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -79,7 +81,7 @@ def find_recipe(path: Path) -> Path:
     for folder in recipe_folders():
         if (folder / relative).is_file():
             return folder / relative
-    known = sorted(p.relative_to(f).as_posix() for f in recipe_folders() for p in f.rglob("*.yaml"))
+    known = recipe_names()
     near = difflib.get_close_matches(relative.as_posix(), known, 1, 0.4)
     raise ConfigError(f"{path}: no such file" + (f" (did you mean the recipe {near[0]!r}?)" if near else ""))
 
@@ -88,6 +90,12 @@ def recipe_folders() -> list[Path]:
     """Where recipes are: inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return [f for f in (package / "recipes", package.parent / "configs") if f.is_dir()]
+
+
+def recipe_names() -> list[str]:
+    """All recipes, relative to their folders; `studies` holds files of another kind."""
+    found = [p.relative_to(f) for f in recipe_folders() for p in f.rglob("*.yaml")]
+    return sorted(p.as_posix() for p in found if p.parts[0] != "studies")
 
 
 def _find_import(name: str, recipe: Path) -> Path:
@@ -99,7 +107,15 @@ def _find_import(name: str, recipe: Path) -> Path:
 
 def _validate(values: dict[str, Any], document: files.Document) -> RunConfig:
     sections = [s for i in values.get("imports") or [] for s in load_sections(Path(i))]
-    schema = widen(RunConfig, sections) if sections else RunConfig
+    return checked(widen(RunConfig, sections) if sections else RunConfig, values, document)
+
+
+def checked(schema: type[M], values: dict[str, Any], document: files.Document) -> M:
+    """`values` as a section; `document` knows where each of them came from.
+
+    Raises:
+        ConfigError: one line for each mistake.
+    """
     try:
         return schema.model_validate(values)
     except ValidationError as error:

@@ -7,7 +7,7 @@ are built by their section's `build`.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Node(BaseModel):
@@ -16,3 +16,8 @@ class Node(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, ser_json_inf_nan="constants"
     )
+
+
+def default_type(name: str) -> BeforeValidator:
+    """For a slot's union: a section that gives no `type` means this one."""
+    return BeforeValidator(lambda value: {"type": name, **value} if isinstance(value, dict) else value)

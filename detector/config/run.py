@@ -6,6 +6,7 @@ Each section is declared where its component is; this file only puts them togeth
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -16,7 +17,9 @@ from detector.data.config import Data
 from detector.data.transforms import Transform
 from detector.decode import DecodeConfig
 from detector.evaluate.config import EvaluateConfig
+from detector.losses.criteria import WITHOUT_RULE, AnyCriterion
 from detector.losses.dense import DenseCriterionConfig
+from detector.losses.two_stage import CrossEntropy
 from detector.models import Model
 from detector.train.config import TrainConfig
 
@@ -37,8 +40,8 @@ class RunConfig(Node):
     data: Data
     augment: tuple[Transform, ...] = Field((), description="training only, in this order, before the resize")
     model: Model
-    assigner: Rule = Atss()
-    criterion: DenseCriterionConfig = DenseCriterionConfig()
+    assigner: Rule | None = Field(Atss(), description="null for criteria that match priors to objects by themselves")
+    criterion: AnyCriterion = DenseCriterionConfig()
     train: TrainConfig
     decode: DecodeConfig = DecodeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -47,16 +50,60 @@ class RunConfig(Node):
     def folder(self) -> Path:
         return self.run.dir if self.run.dir is not None else Path("runs") / self.name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rule_by_default(cls, values: Any) -> Any:
+        """A criterion that does without a rule has none by default."""
+        if not isinstance(values, dict) or "assigner" in values or not isinstance(values.get("criterion"), dict):
+            return values
+        alone = values["criterion"].get("type") in WITHOUT_RULE
+        return {**values, "assigner": None} if alone else values
+
     @model_validator(mode="after")
-    def _quality_needs_its_branch(self) -> RunConfig:
-        if self.criterion.quality is not None and not self.model.head.quality:
+    def _rule_where_it_counts(self) -> RunConfig:
+        kind = self.criterion.type
+        if self.criterion.uses_assigner and self.assigner is None:
+            raise ValueError(f"criterion.type {kind!r} needs a rule of label assignment: set assigner")
+        if not self.criterion.uses_assigner and self.assigner is not None:
+            raise ValueError(f"criterion.type {kind!r} matches priors to objects by itself: set assigner=null")
+        return self
+
+    @model_validator(mode="after")
+    def _criterion_fits_the_model(self) -> RunConfig:
+        model, criterion = self.model, self.criterion
+        if (model.type == "dense") != (criterion.type != "two_stage"):
             raise ValueError(
-                "criterion.quality is set but model.head.quality is false: set model.head.quality=true, or"
-                " criterion.quality=null"
+                f"model.type {model.type!r} does not go with criterion.type {criterion.type!r}:"
+                f" set criterion.type={'dense' if model.type == 'dense' else 'two_stage'}"
             )
-        if self.criterion.quality is None and self.model.head.quality:
+        if model.type == "dense":
+            return self._dense_head_fits()
+        assert criterion.type == "two_stage"
+        if len(model.stages) != len(criterion.stage_weights):
             raise ValueError(
-                "model.head.quality is true but nothing would train it: set criterion.quality, or"
-                " model.head.quality=false"
+                f"the model has {len(model.stages)} box heads, but criterion.stage_weights are"
+                f" {list(criterion.stage_weights)}: give one for each"
             )
+        softmax = isinstance(criterion.classification, CrossEntropy)
+        if softmax != (model.head.classifier == "softmax"):
+            raise ValueError(
+                f"model.head.classifier is {model.head.classifier!r} but criterion.classification is"
+                f" {criterion.classification.type!r}: softmax goes with cross_entropy, sigmoid with bce and focal"
+            )
+        return self
+
+    def _dense_head_fits(self) -> RunConfig:
+        assert self.model.type == "dense"
+        head, criterion = self.model.head, self.criterion
+        dense = criterion.type == "dense"
+        if criterion.uses_quality and not head.quality:
+            what = "quality is set" if dense else f"type {criterion.type!r} needs an objectness"
+            instead = ", or criterion.quality=null" if dense else ""
+            raise ValueError(f"criterion.{what} but model.head.quality is false: set model.head.quality=true{instead}")
+        if not criterion.uses_quality and head.quality:
+            also = "set criterion.quality, or " if dense else "set "
+            raise ValueError(f"model.head.quality is true but nothing would train it: {also}model.head.quality=false")
+        objection = criterion.objection(head.output_coder)
+        if objection is not None:
+            raise ValueError(objection)
         return self

@@ -53,13 +53,13 @@ def read_document(path: Path) -> tuple[dict[str, Any], np.ndarray]:
         DataError: the file is missing, unreadable, not JSON, cut off, or not a COCO annotation file.
     """
     content = _read(path)
-    reduced, spans = _take_out_segmentations(content, partial(_end_by_search, content))
+    reduced, spans = take_out_segmentations(content, partial(end_by_search, content))
     try:
         document = _loads(reduced)
     except (ValueError, RecursionError):
         parse(content, path)  # says where, in terms of the true file, unless only a segmentation is strange
         text, decoder = content.decode("latin-1"), json.JSONDecoder()  # a character for each byte
-        reduced, spans = _take_out_segmentations(content, lambda start: decoder.raw_decode(text, start)[1])
+        reduced, spans = take_out_segmentations(content, lambda start: decoder.raw_decode(text, start)[1])
         document = parse(reduced, path)
     del content, reduced
     check_is_coco(document, path)
@@ -167,8 +167,8 @@ def _read(path: Path) -> bytes:
     return content
 
 
-def _take_out_segmentations(content: bytes, end_of: Callable[[int], int]) -> tuple[bytes, np.ndarray]:
-    """The text with the k-th segmentation replaced by [k], and (k, 2) int64 where each stood."""
+def take_out_segmentations(content: bytes, end_of: Callable[[int], int], first: int = 0) -> tuple[bytes, np.ndarray]:
+    """The text with the k-th segmentation, counted from `first`, replaced by [k], and (n, 2) int64 where each stood."""
     pieces: list[bytes] = []
     spans: list[tuple[int, int]] = []
     done = 0
@@ -177,14 +177,14 @@ def _take_out_segmentations(content: bytes, end_of: Callable[[int], int]) -> tup
         if start < done:  # within the one before
             continue
         end = end_of(start)
-        pieces += content[done:start], b"[%d]" % len(spans)
+        pieces += content[done:start], b"[%d]" % (first + len(spans))
         spans.append((start, end))
         done = end
     pieces.append(content[done:])
     return b"".join(pieces), np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
-def _end_by_search(content: bytes, start: int) -> int:
+def end_by_search(content: bytes, start: int) -> int:
     """The end of a well-formed segmentation, found without parsing it.
 
     Polygons hold neither quotes nor braces, so a list of them ends at the last bracket before the next of these.  A

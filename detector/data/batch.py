@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -18,44 +20,71 @@ PADDING = (124, 116, 104)  # ImageNet's mean colour: about zero once the model h
 
 
 def collate(
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     *,
     pad_multiple: int,
     canvas: tuple[int, int] | None = None,
-    failures: tuple[str, ...] = (),
+    count: int | None = None,
+    failures: Sequence[str] = (),
 ) -> Batch:
     """A batch whose height and width are `canvas`, or the largest image's, rounded up to a multiple.
 
     The pixels lie in memory as (B, H, W, 3), which decoders give and fast convolutions want; `images` is a view of
     that, so (B, 3, H, W) in channels_last format.
+
+    Args:
+        count: how many samples there are, where `samples` has no length.  With a canvas each is then moved to its place
+            as soon as it is made, while the processor's cache still holds it, and its memory serves the next.
+        failures: read when all samples are there.
     """
-    height, width = canvas or (
-        max(s.image.shape[0] for s in samples),
-        max(s.image.shape[1] for s in samples),
-    )
-    shape = (len(samples), _up(height, pad_multiple), _up(width, pad_multiple), 3)
-    pixels = _allocate(shape)
-    block = pixels.numpy()
-    for picture, sample in zip(block, samples, strict=True):
-        h, w = sample.image.shape[:2]
-        picture[:h, :w] = sample.image
-        picture[h:] = PADDING
-        picture[:h, w:] = PADDING
-    sizes = torch.tensor([s.image.shape[:2] for s in samples], dtype=torch.float32)
+    if canvas is None or count is None:
+        samples = list(samples)
+        count = len(samples)
+        canvas = canvas or (max(s.image.shape[0] for s in samples), max(s.image.shape[1] for s in samples))
+    pixels = _allocate((count, _up(canvas[0], pad_multiple), _up(canvas[1], pad_multiple), 3))
+    placed = [_place(sample, picture) for sample, picture in zip(samples, pixels.numpy(), strict=True)]
     return Batch(
         images=pixels.permute(0, 3, 1, 2),
-        objects=Objects.collate(
-            [torch.from_numpy(s.boxes) for s in samples],
-            [torch.from_numpy(s.labels) for s in samples],
-            [torch.from_numpy(s.crowd) for s in samples],
-            sizes,
-        ),
-        ids=torch.tensor([s.image_id for s in samples], dtype=torch.int64),
-        original_sizes=torch.tensor([s.original_size for s in samples], dtype=torch.int64),
-        scale=torch.from_numpy(np.stack([s.scale for s in samples])),
-        offset=torch.from_numpy(np.stack([s.offset for s in samples])),
-        failures=failures,
+        objects=_objects(placed),
+        ids=torch.tensor([s.image_id for s in placed], dtype=torch.int64),
+        original_sizes=torch.tensor([s.original_size for s in placed], dtype=torch.int64),
+        scale=torch.from_numpy(np.stack([s.scale for s in placed])),
+        offset=torch.from_numpy(np.stack([s.offset for s in placed])),
+        failures=tuple(failures),
     )
+
+
+def _place(sample: Sample, picture: np.ndarray) -> Sample:
+    """The sample with its image in `picture`, (H, W, 3), whose rest is padded."""
+    h, w = sample.image.shape[:2]
+    inside = picture[:h, :w]
+    inside[:] = sample.image
+    # Rows as flat numbers: numpy copies them whole, where a colour of three would be written one number at a time.
+    rows = picture.reshape(len(picture), -1)
+    padding = _padding(picture.shape[1])
+    rows[h:] = padding
+    rows[:h, 3 * w :] = padding[3 * w :]
+    return replace(sample, image=inside)
+
+
+@lru_cache(maxsize=64)
+def _padding(width: int) -> np.ndarray:
+    """(3 * width,) uint8: one row of it."""
+    return np.tile(np.array(PADDING, dtype=np.uint8), width)
+
+
+def _objects(samples: Sequence[Sample]) -> Objects:
+    """As `Objects.collate`, from arrays."""
+    places = np.arange(len(samples))
+    truth = {
+        "boxes": np.concatenate([s.boxes for s in samples]),
+        "labels": np.concatenate([s.labels for s in samples]),
+        "image": np.repeat(places, [len(s.boxes) for s in samples]),
+        "ignore": np.concatenate([s.crowd for s in samples]),
+        "ignore_image": np.repeat(places, [len(s.crowd) for s in samples]),
+        "sizes": np.array([s.image.shape[:2] for s in samples], dtype=np.float32),
+    }
+    return Objects(batch_size=len(samples), **{name: torch.from_numpy(array) for name, array in truth.items()})
 
 
 def _up(length: int, multiple: int) -> int:

@@ -1,19 +1,39 @@
-"""A COCO-format data set as a sequence of samples."""
+"""A COCO-format data set as a sequence of samples, and how training reads them.
+
+In training an image that cannot be read is named and replaced by the next readable one, whether it is the one whose
+turn it is or the partner of another.
+"""
 
 from __future__ import annotations
 
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+
 import numpy as np
 
-from detector.data.images import read_image
+from detector.data.geometry import follow
+from detector.data.images import read_image, read_reduced
 from detector.data.index import CocoIndex as CocoIndex
+from detector.data.outlines import Outlines, scaling
 from detector.data.sample import Sample
+from detector.errors import DataError
+
+MEBIBYTE = 1 << 20
 
 
 class CocoData:
-    """`data[i]` is image i of the index, decoded, with its objects and crowd regions; images without any are kept."""
+    """`data[i]` is image i of the index, decoded, with its objects and crowd regions; images without any are kept.
 
-    def __init__(self, index: CocoIndex) -> None:
+    Args:
+        least: to the (height, width) of an image what `data.reduced(i)` must leave of it; None: all.
+    """
+
+    def __init__(self, index: CocoIndex, least: Callable[[tuple[int, int]], tuple[int, int]] | None = None) -> None:
         self.index = index
+        self.least = least
 
     def __len__(self) -> int:
         return len(self.index)
@@ -25,18 +45,103 @@ class CocoData:
         """
         if not 0 <= i < len(self.index):
             raise IndexError(f"image {i} of {len(self.index)}")
+        height, width = self.index.sizes[i].tolist()
+        return self._sample(i, read_image(self._path(i), (height, width)))
+
+    def reduced(self, i: int) -> Sample:
+        """`data[i]`, a JPEG perhaps decoded at 1/2, 1/4 or 1/8 of its size: boxes, `scale` and image agree.
+
+        Raises:
+            DataError: as `data[i]`.
+        """
+        if self.least is None:
+            return self[i]
+        height, width = self.index.sizes[i].tolist()
+        image, n = read_reduced(self._path(i), (height, width), self.least((height, width)))
+        sample = self._sample(i, image)
+        return sample if n == 1 else follow(sample, image, (1 / n, 1 / n), (0.0, 0.0))
+
+    def _path(self, i: int) -> str:
+        return os.path.join(self.index.images, self.index.file_name(i))
+
+    def _sample(self, i: int, image: np.ndarray) -> Sample:
         index = self.index
         height, width = index.sizes[i].tolist()
-        rows = index.rows(i)
-        crowd = index.crowd[rows]
+        first = index.rows(i)
+        crowd = index.crowd[first]
+        rows = np.arange(first.start, first.stop)
+        objects, regions = (rows[~crowd], rows[crowd]) if crowd.any() else (rows, rows[:0])
         return Sample(
-            image=read_image(index.image_path(i), (height, width)),
-            boxes=index.boxes[rows][~crowd],
-            labels=index.labels[rows][~crowd].astype(np.int64),
-            rows=np.arange(rows.start, rows.stop)[~crowd],
-            crowd=index.boxes[rows][crowd],
+            image=image,
+            boxes=index.boxes[objects],
+            labels=index.labels[objects].astype(np.int64),
+            rows=objects,
+            crowd=index.boxes[regions],
             image_id=int(index.image_ids[i]),
             original_size=(height, width),
             scale=np.ones(2, dtype=np.float32),
             offset=np.zeros(2, dtype=np.float32),
         )
+
+
+class Reader:
+    """Reads samples.  Those read as partners are kept, up to `keep` bytes, the least recently used given up first;
+    what is kept decides how long reading takes and nothing else."""
+
+    def __init__(self, data: CocoData, *, max_unreadable: int, masks: bool, keep: int) -> None:
+        self.data = data
+        self.max_unreadable = max_unreadable
+        self.masks = masks
+        self.keep = keep
+        self._kept: OrderedDict[int, Sample] = OrderedDict()
+        self._bytes = 0
+
+    def read(self, index: int, failures: list[str], partner: bool = False) -> Sample:
+        """Image `index`, or the next one that can be read; appends a line to `failures` for each that cannot.
+
+        Raises:
+            DataError: more than `max_unreadable` in a row cannot be read.
+        """
+        tries = min(len(self.data), self.max_unreadable + 1)
+        for further in range(tries):
+            i = (index + further) % len(self.data)
+            if i in self._kept:
+                self._kept.move_to_end(i)
+                return self._kept[i]
+            try:
+                sample = self.data.reduced(i)
+            except DataError as error:
+                failures.append(str(error))
+                continue
+            if self.masks:
+                stored = Outlines.stored(self.data.index, sample.rows)
+                sample = replace(sample, outlines=stored.mapped(scaling(sample.scale, sample.offset)))
+            if partner:
+                self._keep(i, sample)
+            return sample
+        raise DataError(f"{tries} images in a row could not be read; the first: {failures[-tries]}")
+
+    def _keep(self, i: int, sample: Sample) -> None:
+        size = sample.image.nbytes
+        if 4 * size > self.keep:  # a few huge images would only push each other out
+            return
+        sample.image.flags.writeable = False
+        self._kept[i] = sample
+        self._bytes += size
+        while self._bytes > self.keep:
+            self._bytes -= self._kept.popitem(last=False)[1].image.nbytes
+
+    @cached_property
+    def with_objects(self) -> np.ndarray:
+        """Images that hold an object, rising."""
+        return self._holding(~self.data.index.crowd)
+
+    @cached_property
+    def with_masks(self) -> np.ndarray:
+        """Images that hold an object with a mask, rising."""
+        return self._holding(~self.data.index.crowd & self.data.index.has_mask)
+
+    def _holding(self, rows: np.ndarray) -> np.ndarray:
+        offsets = self.data.index.offsets
+        counts = np.concatenate([[0], np.cumsum(rows)])
+        return np.flatnonzero(counts[offsets[1:]] > counts[offsets[:-1]])

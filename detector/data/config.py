@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from detector.config.node import Node
 from detector.data.coco import CocoData, CocoIndex
+from detector.data.order import AnyOrdering, Shuffle
 from detector.data.resize import Resize, ShortEdge
 from detector.data.shape_suites import SUITES, SuiteName
 from detector.data.shapes import SMALLEST_IMAGE, ShapeSet, ensure
@@ -26,7 +28,17 @@ class DataSource(Node):
     resize: Resize = ShortEdge()
     pad_multiple: int = Field(32, ge=1, description="height and width of a batch are multiples of this")
     workers: int = Field(2, ge=0, description="processes that read and augment; 0: the main process does")
+    reduced_decoding: float | None = Field(
+        None,
+        ge=1,
+        description="JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where this leaves so many times the height and"
+        " width that `resize` asks for: 1 saves most, 2 keeps detail for crops that enlarge; default: never",
+    )
     max_unreadable: int = Field(10, ge=0, description="images that may turn out unreadable before the run stops")
+    order: AnyOrdering = Field(Shuffle(), description="of the training images")
+    partner_cache: int = Field(
+        128, ge=0, description="MiB in each worker for images that mosaic, mixup and copy-paste have drawn before"
+    )
 
     def open(self, split: SplitName, classes: tuple[str, ...] | None = None) -> CocoData:
         """One split, indexed.
@@ -40,7 +52,13 @@ class DataSource(Node):
         index = CocoIndex.load(annotations, images)
         if classes is not None and index.classes != classes:
             raise DataError(f"{annotations}: {_difference(index.classes, classes)}; all splits must have equal classes")
-        return CocoData(index)
+        return CocoData(index, None if self.reduced_decoding is None else self._least)
+
+    def _least(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) that decoding has to leave of an image of `size`, in training as in evaluation."""
+        assert self.reduced_decoding is not None
+        height, width = self.resize.largest(size)
+        return math.ceil(height * self.reduced_decoding), math.ceil(width * self.reduced_decoding)
 
     @abstractmethod
     def files(self, split: SplitName) -> tuple[Path, Path]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from detector.data import columns, masks
-from detector.data.annotations import doctor, leaves_folder, no_collection, read_document, read_span, short
+from detector.data.annotations import doctor, leaves_folder, no_collection, read_span, short
+from detector.data.pieces import Document, Unusual, read_in_pieces, read_whole
 from detector.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -111,52 +113,78 @@ class CocoIndex:
         try:
             return masks.decode(segmentation, (height, width))
         except DataError as error:
-            raise DataError(
-                f"{self.annotations}: annotation id {self.annotation_ids[row]}: segmentation: {error}; "
-                f"see {doctor(self.annotations, self.images)}"
-            ) from None
+            raise self._wrong_mask(row, str(error)) from None
+
+    def rings(self, row: int) -> tuple[np.ndarray, ...] | None:
+        """(v, 2) float64 x, y corners of each polygon, or None where the segmentation is a run-length encoding.
+
+        Raises:
+            DataError: the segmentation is wrong: names the annotation.
+        """
+        segmentation = self.segmentation(row)
+        if not isinstance(segmentation, list):
+            return None
+        problem = next((p for p in map(masks.polygon_problem, segmentation) if p is not None), None)
+        if problem is not None:
+            raise self._wrong_mask(row, problem)
+        return tuple(np.array(ring, dtype=np.float64).reshape(-1, 2) for ring in segmentation)
+
+    @property
+    def has_mask(self) -> np.ndarray:
+        """(m,) bool: the file gives a segmentation."""
+        return np.asarray(self.spans[:, 1] > self.spans[:, 0])
+
+    @property
+    def doctor(self) -> str:
+        """The command that finds all mistakes of the file."""
+        return doctor(self.annotations, self.images)
+
+    def _wrong_mask(self, row: int, problem: str) -> DataError:
+        return DataError(
+            f"{self.annotations}: annotation id {self.annotation_ids[row]}: segmentation: {problem}; see {self.doctor}"
+        )
 
 
 def _build(annotations: Path, folder: Path) -> CocoIndex:
     stamp = _stamp(annotations)
-    document, spans = read_document(annotations)
     place = columns.Place(annotations, folder)
-    notices: list[str] = []
-    category_ids, classes = _categories(document.get("categories", []), place, notices)
-    images = document["images"]
-    image_ids, sizes, names = _images(images, place)
-    items = document.get("annotations", [])
+    try:
+        return _from_document(read_in_pieces(annotations), place, stamp)
+    except (Unusual, DataError):  # what is wrong, and where in the file, is said by the reading of the whole
+        return _from_document(read_whole(annotations), place, stamp)
 
-    annotation_ids = columns.integers(items, "id", "annotations", place)
-    columns.refuse_duplicates(annotation_ids, "annotation", place)
-    image = _lookup(image_ids, columns.integers(items, "image_id", "annotations", place), "image_id", items, place)
-    label = _lookup(
-        category_ids, columns.integers(items, "category_id", "annotations", place), "category_id", items, place
-    )
-    xywh = columns.boxes(items, place)
-    crowd = _crowd(items, place, notices)
-    area = _area(items, xywh, place, notices)
-    boxes, kept = _clip(xywh, sizes[image], annotation_ids, notices)
+
+def _from_document(document: Document, place: columns.Place, stamp: tuple[int, int]) -> CocoIndex:
+    notices: list[str] = []
+    category_ids, classes = _categories(list(chain.from_iterable(document.categories)), place, notices)
+    image_ids, sizes, names = _images(list(chain.from_iterable(document.images)), place)
+    table = _Table.join([_Table.of(items, document.spans, place) for items in document.annotations])
+    columns.refuse_duplicates(table.ids, "annotation", place)
+    image = _lookup(image_ids, table.image_ids, "image_id", table.ids, place)
+    label = _lookup(category_ids, table.category_ids, "category_id", table.ids, place)
+    crowd = _crowd(table.crowd, notices)
+    area = _area(table.area, table.xywh, notices)
+    boxes, kept = _clip(table.xywh, sizes[image], table.ids, notices)
     rows = np.flatnonzero(kept)
     rows = rows[np.argsort(image[rows], kind="stable")]
     return CocoIndex(
-        annotations=annotations,
-        images=folder,
+        annotations=place.annotations,
+        images=place.images,
         classes=classes,
         category_ids=category_ids,
         image_ids=image_ids,
         sizes=sizes,
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(image[rows], minlength=len(images)))]).astype(np.int64),
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(image[rows], minlength=len(image_ids)))]).astype(np.int64),
         boxes=boxes[rows],
         labels=label[rows].astype(np.int32),
         crowd=crowd[rows],
         area=area[rows],
-        annotation_ids=annotation_ids[rows],
-        annotated="annotations" in document,
+        annotation_ids=table.ids[rows],
+        annotated=document.annotated,
         notices=tuple(notices),
         names=b"".join(names),
         name_offsets=np.concatenate([[0], np.cumsum([len(n) for n in names])]).astype(np.int64),
-        spans=_spans(items, spans, place)[rows],
+        spans=table.spans[rows],
         stamp=stamp,
     )
 
@@ -201,8 +229,37 @@ def _images(items: list[Any], place: columns.Place) -> tuple[np.ndarray, np.ndar
     return ids, sizes.astype(np.int32), [name.encode("utf-8", "surrogatepass") for name in names]
 
 
-def _lookup(known: np.ndarray, ids: np.ndarray, key: str, items: list[Any], place: columns.Place) -> np.ndarray:
-    """(m,) int64: where each id stands in `known`."""
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Of m annotations, what the file says."""
+
+    ids: np.ndarray  # (m,) int64
+    image_ids: np.ndarray  # (m,) int64
+    category_ids: np.ndarray  # (m,) int64
+    xywh: np.ndarray  # (m, 4) float64
+    crowd: np.ndarray  # (m,) int8: 0, 1, or -1 where it is missing
+    area: np.ndarray  # (m,) float64, NaN where it is missing
+    spans: np.ndarray  # (m, 2) int64: where the segmentation stands; 0 0 where there is none
+
+    @classmethod
+    def of(cls, items: list[Any], spans: np.ndarray, place: columns.Place) -> _Table:
+        return cls(
+            ids=columns.integers(items, "id", "annotations", place),
+            image_ids=columns.integers(items, "image_id", "annotations", place),
+            category_ids=columns.integers(items, "category_id", "annotations", place),
+            xywh=columns.boxes(items, place),
+            crowd=_given_crowd(items, place),
+            area=columns.numbers(items, "area", "annotations", place),
+            spans=_spans(items, spans, place),
+        )
+
+    @classmethod
+    def join(cls, tables: list[_Table]) -> _Table:
+        return cls(**{f.name: np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(cls)})
+
+
+def _lookup(known: np.ndarray, ids: np.ndarray, key: str, own: np.ndarray, place: columns.Place) -> np.ndarray:
+    """(m,) int64: where each id stands in `known`.  `own`: the annotations' ids, for the error."""
     if len(ids) == 0:
         return ids
     order = np.argsort(known)
@@ -212,27 +269,30 @@ def _lookup(known: np.ndarray, ids: np.ndarray, key: str, items: list[Any], plac
         i = int(wrong[0])
         kind = "images" if key == "image_id" else "categories"
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise place.error(f"annotation id {items[i]['id']}{more}: {key} {ids[i]} is not among `{kind}`")
+        raise place.error(f"annotation id {own[i]}{more}: {key} {ids[i]} is not among `{kind}`")
     return order[at]
 
 
-def _crowd(items: list[Any], place: columns.Place, notices: list[str]) -> np.ndarray:
+def _given_crowd(items: list[Any], place: columns.Place) -> np.ndarray:
     values = [a.get("iscrowd") for a in items]
     if not (set(map(type, values)) <= {int, bool, type(None)} and set(values) <= {None, 0, 1}):
         i, value = next((i, v) for i, v in enumerate(values) if type(v) is float or v not in (None, 0, 1))
         raise place.error(f"annotation id {items[i]['id']}: iscrowd is {short(value)}, expected 0 or 1")
-    missing = values.count(None)
+    return np.array([-1 if value is None else value for value in values], dtype=np.int8)
+
+
+def _crowd(given: np.ndarray, notices: list[str]) -> np.ndarray:
+    missing = np.count_nonzero(given < 0)
     if missing:
         notices.append(f"`iscrowd` is missing in {missing} annotations; taken as 0")
-    return np.array([value == 1 for value in values], dtype=bool)
+    return given == 1
 
 
-def _area(items: list[Any], xywh: np.ndarray, place: columns.Place, notices: list[str]) -> np.ndarray:
-    area = columns.numbers(items, "area", "annotations", place)
-    missing = ~(np.isfinite(area) & (area >= 0))
+def _area(given: np.ndarray, xywh: np.ndarray, notices: list[str]) -> np.ndarray:
+    missing = ~(np.isfinite(given) & (given >= 0))
     if missing.any():
         notices.append(f"`area` is missing or no area in {missing.sum()} annotations; the box's area is taken")
-    return np.where(missing, xywh[:, 2] * xywh[:, 3], area)
+    return np.where(missing, xywh[:, 2] * xywh[:, 3], given)
 
 
 def _clip(xywh: np.ndarray, sizes: np.ndarray, ids: np.ndarray, notices: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,9 +6,11 @@ evaluation in between and resuming change no byte.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
@@ -20,21 +22,25 @@ from torch.utils.data import DataLoader, Dataset
 
 from detector import seeding
 from detector.data.batch import PADDING, collate
-from detector.data.coco import CocoData
+from detector.data.coco import MEBIBYTE, CocoData, Reader
+from detector.data.order import Ordering, Shuffle
+from detector.data.pool import Pool
 from detector.data.resize import Sizing
 from detector.data.sample import Sample
 from detector.data.sampler import InOrder, Key, Stream
-from detector.data.transforms import Augmentation
+from detector.data.steps import Active, Augmentation, Combination, Step, active, never_on
 from detector.errors import DataError, UserError
 from detector.structures import Batch
 
 _log = logging.getLogger(__name__)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT = 1 << 28  # bytes
 
 
 def train_loader(
     data: CocoData,
     *,
-    augment: Sequence[Augmentation],
+    augment: Sequence[Step],
     resize: Sizing,
     batch_size: int,
     seed: int,
@@ -45,6 +51,9 @@ def train_loader(
     max_unreadable: int = 10,
     rank: int = 0,
     world: int = 1,
+    epochs: float | None = None,
+    partner_cache: int = 128,
+    order: Ordering | None = None,
 ) -> Loader:
     """The batches of the steps from `start_step` to before `stop_step`.
 
@@ -52,8 +61,14 @@ def train_loader(
     after it where that is cheaper.  An image that cannot be read is replaced by the next readable one and named in the
     batch's `failures`.
 
+    Args:
+        epochs: of the whole run, which steps of `augment` may go by; default: what ends with `stop_step`.
+        partner_cache: MiB in each worker for images that steps combining several have drawn before.
+        order: which images an epoch shows; default: each once, shuffled.
+
     Raises:
-        DataError: the set has no image; while iterating: more than `max_unreadable` images could not be read.
+        DataError: the set has no image, or a step of `augment` cannot do anything on it; while
+            iterating: more than `max_unreadable` images could not be read.
     """
     if len(data) == 0:
         raise DataError(f"{data.index.annotations}: holds no image to train on")
@@ -66,8 +81,18 @@ def train_loader(
         choices=len(resize.multi_scale),
         rank=rank,
         world=world,
+        order=(Shuffle() if order is None else order).of(data.index, seed),
     )
-    source = _TrainSource(data, tuple(augment), resize, pad_multiple, seed, max_unreadable)
+    source = TrainSource(
+        data,
+        augment=tuple(augment),
+        resize=resize,
+        seed=seed,
+        epochs=stop_step * batch_size * world / len(data) if epochs is None else epochs,
+        pad_multiple=pad_multiple,
+        max_unreadable=max_unreadable,
+        partner_cache=partner_cache,
+    )
     return Loader(source, keys, workers, max_unreadable)
 
 
@@ -121,8 +146,9 @@ class Loader:
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # The latter two: a batch's memory is handed over by its worker, which may be gone by then.
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 raise DataError(
                     f"a data worker was ended from outside, most often because memory ran out ({error}):"
@@ -145,7 +171,7 @@ class Loader:
             )
 
 
-class _Source(Dataset[Any]):
+class _Source(Dataset[Any], ABC):
     """Makes the batch of a list of keys; a user's mistake is returned, so that its text arrives without a traceback."""
 
     def __init__(self, data: CocoData, resize: Sizing, pad_multiple: int) -> None:
@@ -155,62 +181,89 @@ class _Source(Dataset[Any]):
 
     def __getitems__(self, keys: list[Key]) -> Batch | UserError:
         failures: list[str] = []
+        samples = (self.sample(key, failures) for key in keys)
+        canvas = self.resize.canvas(keys[0].choice)
         try:
-            samples = [self.sample(key, failures) for key in keys]
+            return collate(samples, pad_multiple=self.pad_multiple, canvas=canvas, count=len(keys), failures=failures)
         except UserError as error:
             return error
-        canvas = self.resize.canvas(keys[0].choice)
-        return collate(samples, pad_multiple=self.pad_multiple, canvas=canvas, failures=tuple(failures))
 
+    @abstractmethod
     def sample(self, key: Key, failures: list[str]) -> Sample:
-        raise NotImplementedError
+        """The sample of a key; appends a line to `failures` for each image that could not be read."""
 
 
-class _TrainSource(_Source):
+class TrainSource(_Source):
+    """Samples as training sees them.
+
+    Raises:
+        DataError: a step of `augment` cannot do anything on this set.
+    """
+
     def __init__(
         self,
         data: CocoData,
-        augment: tuple[Augmentation, ...],
+        *,
+        augment: tuple[Step, ...],
         resize: Sizing,
-        pad_multiple: int,
         seed: int,
+        epochs: float,
+        pad_multiple: int,
         max_unreadable: int,
+        partner_cache: int,
     ) -> None:
         super().__init__(data, resize, pad_multiple)
-        # The last steps, as far as they give the same after the resize, are done where the image is smaller.
-        count = len(list(takewhile(lambda change: change.commutes, reversed(augment))))
-        self.before, self.around = augment[: len(augment) - count], augment[len(augment) - count :]
+        for change in augment:
+            change.check(data.index)
+        for line in never_on(augment, epochs):
+            _log.warning("%s", line)
+        self.augment = augment
         self.seed = seed
-        self.max_unreadable = max_unreadable
+        self.epochs = epochs
+        masks = any(change.uses_masks for change in augment)
+        self.reader = Reader(data, max_unreadable=max_unreadable, masks=masks, keep=partner_cache * MEBIBYTE)
+        self.scheduled = any(change.when is not None for change in augment)
+        self._active = (0, active(augment, 0, epochs))
 
     def sample(self, key: Key, failures: list[str]) -> Sample:
-        sample = self._read(key.image, failures)
-        rng = seeding.generator(self.seed, seeding.SAMPLE, key.epoch, key.image)
-        for change in self.before:
-            sample = change(sample, rng)
+        sample = self.reader.read(key.image, failures)
+        pool = Pool(self.reader, key.image, failures)
+        again = (key.repeat,) if key.repeat else ()
+        rng = seeding.generator(self.seed, seeding.SAMPLE, key.epoch, key.image, *again)
+        changes = self.active(key.epoch)
+        # The last steps, as far as they give the same after the resize, are done where the image is smaller.
+        around = len(list(takewhile(lambda change: change.step.commutes, reversed(changes))))
+        for change in changes[: len(changes) - around]:
+            sample = _apply(change, sample, rng, pool)
         height, width = self.resize.target(sample.image.shape[:2], key.choice)
         shrinks = height * width < sample.image.shape[0] * sample.image.shape[1]
         if shrinks:
             sample = self.resize(sample, key.choice)
-        for change in self.around:
-            sample = change(sample, rng)
+        for change in changes[len(changes) - around :]:
+            sample = _apply(change, sample, rng, pool)
         return sample if shrinks else self.resize(sample, key.choice)
 
-    def _read(self, index: int, failures: list[str]) -> Sample:
-        """Image `index`, or the next one that can be read."""
-        tries = min(len(self.data), self.max_unreadable + 1)
-        for further in range(tries):
-            try:
-                return self.data[(index + further) % len(self.data)]
-            except DataError as error:
-                failures.append(str(error))
-        raise DataError(f"{tries} images in a row could not be read; the first: {failures[-tries]}")
+    def active(self, epoch: int) -> tuple[Active, ...]:
+        """The steps that are on in an epoch."""
+        if self.scheduled and self._active[0] != epoch:
+            self._active = (epoch, active(self.augment, epoch, self.epochs))
+        return self._active[1]
+
+
+def _apply(change: Active, sample: Sample, rng: np.random.Generator, pool: Pool) -> Sample:
+    """What one step makes of a sample; draws nothing beforehand where the step is always on."""
+    if change.probability < 1 and rng.random() >= change.probability:
+        return sample
+    if isinstance(change.step, Combination):
+        return change.step(sample, rng, pool)
+    assert isinstance(change.step, Augmentation)
+    return change.step(sample, rng)
 
 
 class _EvalSource(_Source):
     def sample(self, key: Key, failures: list[str]) -> Sample:
         try:
-            return self.resize(self.data[key.image])
+            return self.resize(self.data.reduced(key.image))
         except DataError as error:
             failures.append(str(error))
             return self.resize(_blank(self.data, key.image))
@@ -245,5 +298,18 @@ def _start_worker(_: int) -> None:
     the middle of the main process's last step.
     """
     cv2.setNumThreads(0)
+    _keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def _keep_memory() -> None:
+    """Lets this process keep the memory of one image for the next.
+
+    glibc gives large blocks back to the system at once and gets them again page by page: of a worker's time for images
+    of 800x1066 that was a sixth.  Larger blocks than these go back all the same.  Other libraries: nothing is done.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _KEPT)
+        set_option(_M_TRIM_THRESHOLD, _KEPT)

@@ -38,6 +38,11 @@ class Sizing(Node):
     def target(self, size: tuple[int, int], choice: int | None = None) -> tuple[int, int]:
         """(height, width) that an image of `size` gets."""
 
+    def largest(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width): the most that an image of `size` gets by any choice."""
+        targets = [self.target(size, choice) for choice in (None, *range(len(self.multi_scale)))]
+        return max(t[0] for t in targets), max(t[1] for t in targets)
+
     @abstractmethod
     def canvas(self, choice: int | None = None) -> tuple[int, int] | None:
         """(height, width) that every image of the batch is padded to; None: what the largest of them needs."""

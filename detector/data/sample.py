@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from detector.data.outlines import Outlines
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -24,3 +26,4 @@ class Sample:
     original_size: tuple[int, int]  # height, width of the image as the annotations describe it
     scale: np.ndarray  # (2,) float32 x, y
     offset: np.ndarray  # (2,) float32 x, y
+    outlines: Outlines | None = None  # the n objects' masks; None unless a step of the recipe uses them

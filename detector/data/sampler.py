@@ -1,6 +1,7 @@
 """The order of training: an endless stream of positions, cut into steps.
 
-Position p is image permutation(seed, epoch)[p % n] of epoch p // n.  Step s takes the positions from s * batch on, so
+Position p is image order(seed, epoch)[p % n] of epoch p // n; the order is a permutation unless the recipe asks for
+another (`order.py`).  Step s takes the positions from s * batch on, so
 an epoch's last images share a step with the next one's first, nothing is dropped, and where a run stands is one number.
 """
 
@@ -13,6 +14,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from detector import seeding
+from detector.data.order import Order
 
 
 class Key(NamedTuple):
@@ -21,6 +23,7 @@ class Key(NamedTuple):
     epoch: int
     image: int  # its place in the index
     choice: int | None  # which of `multi_scale`, the same in the whole batch
+    repeat: int = 0  # how often the same epoch has shown this image before
 
 
 class Stream(Sampler[list[Key]]):
@@ -41,8 +44,10 @@ class Stream(Sampler[list[Key]]):
         choices: int = 0,
         rank: int = 0,
         world: int = 1,
+        order: Order | None = None,
     ) -> None:
         self.length = length
+        self.order = Order(length, seed) if order is None else order
         self.batch_size = batch_size
         self.seed = seed
         self.start_step = start_step
@@ -55,7 +60,7 @@ class Stream(Sampler[list[Key]]):
         return max(0, self.stop_step - self.start_step)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, order = -1, np.zeros(0, dtype=np.int64)
+        epoch, images, repeats = -1, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         for step in range(self.start_step, self.stop_step):
             choice = self._choice(step)
             first = (step * self.world + self.rank) * self.batch_size
@@ -63,8 +68,9 @@ class Stream(Sampler[list[Key]]):
             for position in range(first, first + self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    order = seeding.generator(self.seed, seeding.ORDER, epoch).permutation(self.length)
-                keys.append(Key(epoch, int(order[position % self.length]), choice))
+                    images, repeats = self.order.epoch(epoch, self.batch_size * self.world)
+                place = position % self.length
+                keys.append(Key(epoch, int(images[place]), choice, int(repeats[place])))
             yield keys
 
     def _choice(self, step: int) -> int | None:

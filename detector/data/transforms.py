@@ -1,4 +1,4 @@
-"""Augmentation: typed steps that a recipe lists under `augment:`; each changes one sample.
+"""The steps that a recipe may list under `augment:`; those of one image that need no mask are here.
 
 Every random number comes from the sample's own generator, so the result is a function of (seed, epoch, index).
 
@@ -13,32 +13,26 @@ import difflib
 import math
 import os
 import warnings
-from abc import abstractmethod
 from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import cv2
 import numpy as np
 from pydantic import Field, model_validator
 
-from detector.config.node import Node
 from detector.data.batch import PADDING
+from detector.data.copy_paste import CopyPaste, SmallCopyPaste
+from detector.data.erase import Cutout, GridMask
 from detector.data.geometry import clip, follow, keep_visible
+from detector.data.mosaic import Mixup, Mosaic
+from detector.data.outlines import Outlines
+from detector.data.perspective import LargeScaleJitter, RandomPerspective
 from detector.data.sample import Sample
+from detector.data.steps import Augmentation as Augmentation
+from detector.data.steps import Share
+from detector.data.windows import milder
 from detector.errors import ConfigError
-
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Augmentation(Node):
-    """One step: a sample and its generator to a new sample; the given one is not changed."""
-
-    # Whether it gives the same picture before and after a resize: then the loader does it where there are fewer pixels.
-    commutes: ClassVar[bool] = False
-
-    @abstractmethod
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample: ...
 
 
 class Flip(Augmentation):
@@ -74,13 +68,17 @@ class Color(Augmentation):
     hue: float = Field(0.02, ge=0, le=0.5, description="in full turns of the colour circle")
     probability: Share = 0.8
 
+    def weaker(self, strength: float) -> Self:
+        amounts = {name: getattr(self, name) * strength for name in ("brightness", "contrast", "saturation", "hue")}
+        return self.model_copy(update=amounts)
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if rng.random() >= self.probability:
             return sample
         draw = rng.uniform(-1, 1, size=4)
         brightness, contrast, saturation = 1 + draw[:3] * (self.brightness, self.contrast, self.saturation)
         matrix = brightness * contrast * _turn_colors(draw[3] * self.hue, saturation)
-        grey = float(np.dot(_YIQ[0], cv2.mean(sample.image)[:3]))
+        grey = float(np.dot(_YIQ[0], cv2.mean(sample.image[::4])[:3]))  # every fourth row is enough
         offset = np.full((3, 1), (1 - contrast) * brightness * grey)
         image = cv2.transform(sample.image, np.concatenate([matrix, offset], 1).astype(np.float32))
         return replace(sample, image=image)
@@ -104,6 +102,9 @@ class RandomScaleCrop(Augmentation):
             raise ValueError(f"scale: expected the smaller number first, found {list(self.scale)}")
         return self
 
+    def weaker(self, strength: float) -> Self:
+        return self.model_copy(update={"scale": milder(self.scale, strength)})
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if rng.random() >= self.probability:
             return sample
@@ -119,7 +120,8 @@ class RandomScaleCrop(Augmentation):
 class FromAlbumentations(Augmentation):
     """Any transform of one image from albumentations, by name, with its arguments: blur, noise, rotation, ...
 
-    Boxes follow; objects and crowd regions of which less than the share `visible` remains are dropped.
+    Boxes follow; objects and crowd regions of which less than the share `visible` remains are dropped.  Masks do not
+    follow where boxes move: steps after it that use masks take the boxes in their place.
     """
 
     type: Literal["albumentations"] = "albumentations"
@@ -157,6 +159,7 @@ class FromAlbumentations(Augmentation):
             # Such a change need not be a scaling and a shift, so nothing leads back to original pixels.
             scale=np.full(2, np.nan, dtype=np.float32),
             offset=np.full(2, np.nan, dtype=np.float32),
+            outlines=None if sample.outlines is None else Outlines.boxes(boxes[objects]),  # masks are not passed on
         )
 
     def _run(self, **targets: np.ndarray) -> dict[str, Any]:
@@ -176,17 +179,35 @@ class FromAlbumentations(Augmentation):
         return out
 
 
-Transform = Annotated[Flip | Color | RandomScaleCrop | FromAlbumentations, Field(discriminator="type")]
+Transform = Annotated[
+    Flip
+    | Color
+    | RandomScaleCrop
+    | LargeScaleJitter
+    | RandomPerspective
+    | Mosaic
+    | Mixup
+    | CopyPaste
+    | SmallCopyPaste
+    | Cutout
+    | GridMask
+    | FromAlbumentations,
+    Field(discriminator="type"),
+]
 
 
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 _RGB = np.linalg.inv(_YIQ)
+# RGB to RGB by way of YIQ: its first axis alone, its colour plane alone, that plane turned by a quarter.
+_LUMA = np.outer(_RGB[:, 0], _YIQ[0])
+_PLANE = _RGB[:, 1:] @ _YIQ[1:]
+_TURN = _RGB[:, 1:] @ np.array([[0, -1], [1, 0]]) @ _YIQ[1:]
 
 
 def _turn_colors(hue: float, saturation: float) -> np.ndarray:
     """(3, 3): RGB to RGB with the colour plane of YIQ turned by `hue` full turns and stretched."""
-    cosine, sine = math.cos(2 * math.pi * hue) * saturation, math.sin(2 * math.pi * hue) * saturation
-    return _RGB @ np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]]) @ _YIQ
+    angle = 2 * math.pi * hue
+    return _LUMA + math.cos(angle) * saturation * _PLANE + math.sin(angle) * saturation * _TURN
 
 
 def _window(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:

@@ -60,6 +60,13 @@ def curves(
 
 
 def _hotcoco(truth: Truth, found: Found, limits: list[int], iou_type: IouType, use_classes: bool) -> Any:
+    evaluation = matching(truth, found, limits, iou_type, use_classes)
+    evaluation.accumulate()
+    return evaluation.eval
+
+
+def matching(truth: Truth, found: Found, limits: list[int], iou_type: IouType, use_classes: bool) -> Any:
+    """hotcoco's evaluation once detections and objects are matched; annotation ids are indices of `truth` plus 1."""
     from hotcoco import COCO, COCOeval
 
     images = [
@@ -87,8 +94,7 @@ def _hotcoco(truth: Truth, found: Found, limits: list[int], iou_type: IouType, u
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that other limits than COCO's are asked for is known
         evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation.eval
+    return evaluation
 
 
 def _pycocotools(truth: Truth, found: Found, limits: list[int], iou_type: IouType, use_classes: bool) -> Any:

@@ -1,11 +1,13 @@
 """Losses of the class logits: each class a yes or no of its own (sigmoid), targets in [0, 1].
 
-For a logit x with p = sigmoid(x) and target t, all are
+For a logit x with p = sigmoid(x) and target t, all are weights on BCE(x, t), which the gradient sees as well:
 
-    balance(t) * |p - t|^gamma * BCE(x, t)        balance(t) = alpha t + (1 - alpha) (1 - t)
+    bce             1
+    focal           (alpha t + (1 - alpha) (1 - t)) |p - t|^gamma        (Lin et al., ICCV 2017, for t in {0, 1})
+    quality_focal   |p - t|^beta                                         (Li et al., NeurIPS 2020, equation 2)
+    varifocal       t where t > 0, else alpha p^gamma                    (Zhang et al., CVPR 2021, equation 2)
 
-which is the focal loss (Lin et al., ICCV 2017) for t in {0, 1}, the quality focal loss (Li et al., "Generalized Focal
-Loss", NeurIPS 2020) for soft t without balance, and plain binary cross-entropy for gamma 0 without balance.
+A rule whose weights hold already how wrong the head is (DW) turns all of that off: `modulation=False` is plain BCE.
 
 A dense detector has millions of logits of which all but some hundred are background.  So value and gradient are written
 out together for "everything is background", in blocks that stay in the cache, and then set right at the listed cells.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,23 +33,75 @@ from detector.losses.targets import ClassTargets
 # Logits handled at once: four blocks of them fit a core's cache; a GPU wants few, large launches instead.
 CPU_BLOCK, GPU_BLOCK = 1 << 16, 1 << 24
 
+SMOOTHING = "targets t become t (1 - s) + s / 2"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The loss of one logit as a function of its target; the default is binary cross-entropy."""
+
+    gamma: float = 0.0  # power of the focal factor
+    alpha: float | None = None  # weight of positives, 1 - alpha of negatives; asymmetric: of negatives alone
+    asymmetric: bool = False  # varifocal: positives weigh as much as their target, without a focal factor
+    smoothing: float = 0.0  # targets t become t (1 - s) + s / 2
+
+    @property
+    def background(self) -> float:
+        """Weight of a target of 0, beside the focal factor."""
+        return 1.0 if self.alpha is None else self.alpha if self.asymmetric else 1 - self.alpha
+
+    def smoothed(self, target: Tensor) -> Tensor:
+        return target * (1 - self.smoothing) + self.smoothing / 2
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and its derivative, elementwise, for targets that are smoothed already.
+
+        Exact at both ends of the logits (no 1 - p that rounds to 0).
+        """
+        p, not_p = x.sigmoid(), (-x).sigmoid()
+        error = p * (1 - target) - not_p * target
+        bce = F.relu(x) * (1 - target) + F.relu(-x) * target + torch.log1p(torch.exp(-x.abs()))
+        if self.gamma == 0:
+            value, slope = bce, error
+        else:
+            size = error.abs().clamp(min=1e-12)  # the derivative of |error|^gamma has a pole at 0 for gamma < 1
+            focus = size.pow(self.gamma)
+            value = focus * bce
+            slope = focus * (self.gamma * error / size.square() * p * not_p * bce + error)
+        if self.alpha is None:
+            return value, slope
+        if not self.asymmetric:
+            balance = self.alpha * target + (1 - self.alpha) * (1 - target)
+            return balance * value, balance * slope
+        positive = target > 0
+        return (
+            torch.where(positive, target * bce, self.alpha * value),
+            torch.where(positive, target * error, self.alpha * slope),
+        )
+
 
 class ClassLoss(Node):
     """Sum over all class logits of a batch."""
 
     weight: float = Field(1.0, ge=0, description="factor of this term in the total")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="targets t become t (1 - s) + s / 2")
 
+    @property
     @abstractmethod
-    def __call__(self, logits: Tensor, targets: ClassTargets) -> Tensor:
-        """(B, R, K) logits of any floating type -> float32 scalar, undivided and without `weight`."""
+    def curve(self) -> Curve:
+        """What a single logit costs."""
 
-    @abstractmethod
+    def __call__(self, logits: Tensor, targets: ClassTargets, *, modulation: bool = True) -> Tensor:
+        """(B, R, K) logits of any floating type -> float32 scalar, undivided and without `weight`.
+
+        `modulation=False`: binary cross-entropy with the weights of `targets` and no others.
+        """
+        curve = self.curve if modulation else Curve(smoothing=self.curve.smoothing)
+        total: Tensor = _Sum.apply(logits, targets, curve.smoothed(targets.target), curve)
+        return total
+
     def each(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of single logits, same shapes, without weights: the plain definition."""
-
-    def smoothed(self, target: Tensor) -> Tensor:
-        return target * (1 - self.label_smoothing) + self.label_smoothing / 2
+        """The loss of single logits, same shapes, without weights."""
+        return self.curve(full_precision(logits), self.curve.smoothed(target))[0]
 
 
 class Focal(ClassLoss):
@@ -55,24 +110,22 @@ class Focal(ClassLoss):
     type: Literal["focal"] = "focal"
     alpha: float | None = Field(0.25, gt=0, lt=1, description="weight of positives, 1 - alpha of negatives; null: none")
     gamma: float = Field(2.0, ge=0, description="how much well classified examples count less")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description=SMOOTHING)
 
-    def __call__(self, logits: Tensor, targets: ClassTargets) -> Tensor:
-        return _sum(logits, targets, self.smoothed(targets.target), self.label_smoothing / 2, self.gamma, self.alpha)
-
-    def each(self, logits: Tensor, target: Tensor) -> Tensor:
-        return _value_and_slope(full_precision(logits), self.smoothed(target), self.gamma, self.alpha)[0]
+    @property
+    def curve(self) -> Curve:
+        return Curve(gamma=self.gamma, alpha=self.alpha, smoothing=self.label_smoothing)
 
 
 class Bce(ClassLoss):
     """Binary cross-entropy."""
 
     type: Literal["bce"] = "bce"
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description=SMOOTHING)
 
-    def __call__(self, logits: Tensor, targets: ClassTargets) -> Tensor:
-        return _sum(logits, targets, self.smoothed(targets.target), self.label_smoothing / 2, 0.0, None)
-
-    def each(self, logits: Tensor, target: Tensor) -> Tensor:
-        return _value_and_slope(full_precision(logits), self.smoothed(target), 0.0, None)[0]
+    @property
+    def curve(self) -> Curve:
+        return Curve(smoothing=self.label_smoothing)
 
 
 def expected_initial_loss(loss: ClassLoss, prior_probability: float, positives: float, negatives: float) -> float:
@@ -85,36 +138,20 @@ def expected_initial_loss(loss: ClassLoss, prior_probability: float, positives: 
     return float(loss.weight * (positives * positive + negatives * negative))
 
 
-def _value_and_slope(x: Tensor, target: Tensor, gamma: float, alpha: float | None) -> tuple[Tensor, Tensor]:
-    """Loss and its derivative, elementwise; exact at both ends of the logits (no 1 - p that rounds to 0)."""
-    p, not_p = x.sigmoid(), (-x).sigmoid()
-    error = p * (1 - target) - not_p * target
-    bce = F.relu(x) * (1 - target) + F.relu(-x) * target + torch.log1p(torch.exp(-x.abs()))
-    balance = 1.0 if alpha is None else alpha * target + (1 - alpha) * (1 - target)
-    if gamma == 0:
-        return balance * bce, balance * error
-    size = error.abs().clamp(min=1e-12)  # the derivative of |error|^gamma has a pole at 0 for gamma < 1
-    focus = size.pow(gamma)
-    slope = focus * (gamma * error / size.square() * p * not_p * bce + error)
-    return balance * focus * bce, balance * slope
-
-
-def _background(
-    x: Tensor, weight: Tensor, smooth: float, gamma: float, alpha: float | None, slope: Tensor | None
-) -> Tensor:
+def _background(x: Tensor, weight: Tensor, curve: Curve, slope: Tensor | None) -> Tensor:
     """Weighted sum of the loss of (n, K) background logits; `slope` (n, K) takes the gradient, if wanted."""
-    if smooth > 0:
-        value, derivative = _value_and_slope(x, x.new_full((), smooth), gamma, alpha)
+    if curve.smoothing > 0:
+        value, derivative = curve(x, x.new_full((), curve.smoothing / 2))
         if slope is not None:
             slope.copy_(derivative.mul_(weight))
         return value.mul_(weight).sum()
     # For t = 0 with s = softplus(x):  loss = b p^gamma s,  derivative = b p^gamma (gamma (1 - p) s + p).
     p, s = x.sigmoid(), F.softplus(x)
-    factor = p.pow(gamma).mul_(weight if alpha is None else weight * (1 - alpha))
+    factor = p.pow(curve.gamma).mul_(weight if curve.background == 1 else weight * curve.background)
     value = torch.dot(factor.view(-1), s.view(-1))
     if slope is not None:
         rest = torch.addcmul(s, p, s, value=-1, out=s)
-        torch.mul(torch.add(p, rest, alpha=gamma, out=rest), factor, out=slope)
+        torch.mul(torch.add(p, rest, alpha=curve.gamma, out=rest), factor, out=slope)
     return value
 
 
@@ -127,9 +164,7 @@ class _Sum(torch.autograd.Function):
         logits: Tensor,
         targets: ClassTargets,
         target: Tensor,
-        smooth: float,
-        gamma: float,
-        alpha: float | None,
+        curve: Curve,
     ) -> Tensor:
         classes = logits.shape[-1]
         rows = logits.reshape(-1, classes)
@@ -152,7 +187,7 @@ class _Sum(torch.autograd.Function):
             weight = row_weight[part] if full_weight is None else row_weight[part] * full_weight[part]
             out = None if slopes is None else slopes[part]
             direct = out if out is None or kept == work else torch.empty_like(out, dtype=work)
-            sums.append(_background(rows[part].to(work), weight, smooth, gamma, alpha, direct))
+            sums.append(_background(rows[part].to(work), weight, curve, direct))
             if out is not None and direct is not None and direct is not out:
                 out.copy_(direct)
         total = torch.stack(sums).sum()
@@ -162,8 +197,8 @@ class _Sum(torch.autograd.Function):
         was_weight = row_weight.view(-1)[cell // classes]
         if full_weight is not None:
             was_weight = was_weight * full_weight.reshape(-1)[cell]
-        was, _ = _value_and_slope(x, x.new_full((), smooth), gamma, alpha)
-        now, slope = _value_and_slope(x, target.to(work), gamma, alpha)
+        was, _ = curve(x, x.new_full((), curve.smoothing / 2))
+        now, slope = curve(x, target.to(work))
         weight = targets.weight.to(work)
         total = total + ((now * weight - was * was_weight) * real).sum()
         if gradient is not None:
@@ -176,11 +211,4 @@ class _Sum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient[:-1].view(ctx.shape) * scale).to(ctx.dtype), None, None, None, None, None
-
-
-def _sum(
-    logits: Tensor, targets: ClassTargets, target: Tensor, smooth: float, gamma: float, alpha: float | None
-) -> Tensor:
-    total: Tensor = _Sum.apply(logits, targets, target, smooth, gamma, alpha)
-    return total
+        return (gradient[:-1].view(ctx.shape) * scale).to(ctx.dtype), None, None, None

@@ -5,34 +5,54 @@ Legend: B images, R priors of an image, N objects of the batch, K classes, C raw
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from detector.config.node import Node
+from detector.coders import Bins
 from detector.errors import ConfigError
-from detector.losses import AnyBoxLoss, AnyClassLoss, AnyQualityLoss
+from detector.losses import AnyBoxLoss, AnyClassLoss, AnyQualityLoss, DistributionFocal
+from detector.losses.base import RAW_ARE_LOGITS, CriterionConfig
 from detector.losses.classification import Focal
-from detector.losses.normalizer import Kind, Normalizer
+from detector.losses.normalizer import Kind, Normalizer, mean_over_processes
 from detector.losses.regression import Giou
 from detector.losses.targets import Pairs, class_targets
 from detector.structures import Assignment, Losses, Objects, Outputs
 
 if TYPE_CHECKING:
     from detector.assign.base import Assigner
+    from detector.coders import Coder
 
 
-class DenseCriterionConfig(Node):
-    """Which losses, how weighted, divided by what."""
+class DenseCriterionConfig(CriterionConfig):
+    """Which losses, towards what, how weighted, divided by what."""
 
+    type: Literal["dense"] = "dense"
     classification: AnyClassLoss = Focal()
-    box: AnyBoxLoss = Giou(weight=2.0)
-    quality: AnyQualityLoss | None = Field(None, description="loss of the head's quality branch; null: it has none")
-    box_weighting: Literal["uniform", "quality"] = Field(
-        "uniform", description="quality: the quality's target weights a pair's box loss (FCOS and ATSS, by centerness)"
+    class_target: Literal["assignment", "iou", "one"] = Field(
+        "assignment",
+        description="what a pair's class score should be: what the rule says (1 for hard rules), the IoU of the"
+        " prediction with its object now (GFL, VFNet), or 1 whatever the rule says",
     )
+    class_on: Literal["all", "positives"] = Field(
+        "all", description="positives: priors without an object are left to the quality branch's objectness (YOLOX)"
+    )
+    box: AnyBoxLoss = Giou(weight=2.0)
+    box_weighting: Literal["uniform", "quality", "assignment", "iou", "score"] = Field(
+        "uniform",
+        description="a pair's box loss is weighted by the quality branch's target (FCOS and ATSS, by centerness), the"
+        " rule's quality (TOOD, RTMDet), the prediction's IoU now (VFNet), or its best class score now (GFL)",
+    )
+    normalize_box_weights: bool = Field(
+        False,
+        description="scale them to a mean of 1 in each (micro-)batch, which is what dividing boxes by the sum of their"
+        " weights does in the authors' codes; else boxes count little while their weights are small",
+    )
+    distribution: DistributionFocal | None = Field(None, description="loss of the distributions of a 'bins' coder")
+    quality: AnyQualityLoss | None = Field(None, description="loss of the head's quality branch; null: it has none")
     normalizer: Kind = Field(
         "positives",
         description="what all terms are divided by, counted over the whole batch: positive priors, the sum of their"
@@ -40,21 +60,41 @@ class DenseCriterionConfig(Node):
     )
 
     @model_validator(mode="after")
-    def _weighting_needs_quality(self) -> DenseCriterionConfig:
+    def _parts_fit(self) -> DenseCriterionConfig:
         if self.box_weighting == "quality" and self.quality is None:
             raise ValueError("box_weighting is 'quality' but there is no quality loss: set quality, or 'uniform'")
+        if self.class_on == "positives" and (self.quality is None or self.quality.type != "objectness"):
+            raise ValueError(
+                "class_on is 'positives' but nothing would learn the background: set quality={type: objectness}, or"
+                " class_on=all"
+            )
         return self
 
-    def build(self, assigner: Assigner, num_classes: int) -> DenseCriterion:
+    @property
+    def uses_quality(self) -> bool:
+        return self.quality is not None
+
+    def objection(self, coder: Coder) -> str | None:
+        if self.distribution is not None and not isinstance(coder, Bins):
+            return (
+                "criterion.distribution is set but the head gives no distributions: set model.head.coder={type: bins},"
+                " or criterion.distribution=null"
+            )
+        return RAW_ARE_LOGITS if self.box.on == "raw" and isinstance(coder, Bins) else None
+
+    def build(self, assigner: Assigner | None, num_classes: int) -> DenseCriterion:
+        if assigner is None:
+            raise ConfigError("criterion.type 'dense' needs a rule of label assignment: set assigner")
         return DenseCriterion(config=self, assigner=assigner, num_classes=num_classes)
 
 
 class DenseCriterion(nn.Module):
     """`criterion(outputs, objects) -> Losses`: labels by whichever assigner, then class, box and quality loss.
 
-    Sums `class`, `box` and, where asked for, `quality`.  All are divided by the one normaliser.  That includes the box
-    loss when the quality's target weights it; the FCOS and ATSS papers' code divides that one by the sum of the weights
-    instead, which is smaller by a nearly constant factor (about 0.6 for centerness), for `box.weight` to absorb.
+    Sums `class`, `box` and, where asked for, `distribution` and `quality`.  All are divided by the one normaliser.
+    That includes weighted box losses, which the authors' codes divide by the sum of the weights instead.  For
+    centerness that is smaller by a nearly constant factor (about 0.6), for `box.weight` to absorb; weights that grow
+    while the network learns want `normalize_box_weights`.
 
     Everything is float32 with autocast off, without synchronisation with the device.  A batch without objects or pairs
     gives box and quality losses of exactly 0 that still hang on the graph.
@@ -68,35 +108,66 @@ class DenseCriterion(nn.Module):
         self.normalizer = Normalizer(config.normalizer)
 
     def forward(self, outputs: Outputs, objects: Objects) -> Losses:
-        """Raises `ConfigError` where the head's outputs do not fit the losses that were asked for."""
+        """Raises `ConfigError` where the head's outputs or the rule do not fit the losses that were asked for."""
         self._check(outputs)
         with torch.autocast(outputs.class_logits.device.type, enabled=False):
             predictions = outputs.detached() if self.assigner.uses_predictions else None
             assignment = self.assigner(outputs.priors, objects, predictions)
+            pairs = Pairs.gather(outputs, objects, assignment)
+            learnt = replace(assignment, quality=self._class_target(assignment, pairs))
             return Losses(
-                sums=self._sums(outputs, objects, assignment),
-                normalizer=self.normalizer(assignment, objects),
+                sums={
+                    "class": self._class_sum(outputs, objects, learnt),
+                    **self._box_and_quality_sums(outputs, assignment, pairs),
+                },
+                normalizer=self.normalizer(learnt, objects),
                 assignments={"dense": assignment},
             )
 
-    def _sums(self, outputs: Outputs, objects: Objects, assignment: Assignment) -> dict[str, Tensor]:
-        classification, box, quality = self.config.classification, self.config.box, self.config.quality
-        targets = class_targets(assignment, objects.labels, self.num_classes)
-        sums = {"class": classification.weight * classification(outputs.class_logits, targets)}
+    def _class_target(self, assignment: Assignment, pairs: Pairs) -> Tensor:
+        """(P,) what each pair's class score should be."""
+        if self.config.class_target == "iou":
+            return pairs.iou
+        return assignment.quality if self.config.class_target == "assignment" else torch.ones_like(pairs.weight)
 
-        pairs = Pairs.gather(outputs, objects, assignment)
-        box_weight, quality_sum = pairs.weight, None
-        if quality is not None and pairs.quality_logits is not None:
-            goal = quality.targets(pairs.centers, pairs.decoded, pairs.boxes)
-            quality_sum = quality.weight * (quality(pairs.quality_logits, goal) * pairs.weight).sum()
-            if self.config.box_weighting == "quality":
-                box_weight = box_weight * goal
+    def _class_sum(self, outputs: Outputs, objects: Objects, learnt: Assignment) -> Tensor:
+        loss = self.config.classification
+        targets = class_targets(learnt, objects.labels, self.num_classes, self.config.class_on == "positives")
+        return loss.weight * loss(outputs.class_logits, targets, modulation=not self._modulated(learnt))
 
+    def _box_and_quality_sums(self, outputs: Outputs, assignment: Assignment, pairs: Pairs) -> dict[str, Tensor]:
+        box, distribution, quality = self.config.box, self.config.distribution, self.config.quality
+        goal = None if quality is None else quality.targets(pairs.centers, pairs.decoded, pairs.boxes)
+        weight = pairs.weight * self._box_factor(assignment, pairs, goal)
+        if self.config.normalize_box_weights:
+            weight = weight * mean_over_processes(pairs.weight.sum()) / mean_over_processes(weight.sum()).clamp(min=1)
         each = box(pairs.raw, pairs.raw_target) if box.on == "raw" else box(pairs.decoded, pairs.boxes)
-        sums["box"] = box.weight * (each * box_weight).sum()
-        if quality_sum is not None:
-            sums["quality"] = quality_sum
+        sums = {"box": box.weight * (each * weight).sum()}
+        if distribution is not None and isinstance(pairs.coder, Bins):
+            true = pairs.coder.distances(pairs.prior_boxes, pairs.stride, pairs.boxes)
+            sums["distribution"] = distribution.weight * (distribution(pairs.raw, true, pairs.coder) * weight).sum()
+        if quality is not None and goal is not None and outputs.quality_logits is not None:
+            sums["quality"] = quality.weight * quality(outputs.quality_logits, goal, pairs, assignment)
         return sums
+
+    def _box_factor(self, assignment: Assignment, pairs: Pairs, goal: Tensor | None) -> Tensor:
+        """(P,) what a pair's box counts beside its weight; no gradient."""
+        if self.config.box_weighting == "quality" and goal is not None:
+            return goal
+        if self.config.box_weighting == "assignment":
+            return assignment.quality
+        if self.config.box_weighting == "iou":
+            return pairs.iou
+        return pairs.best_score if self.config.box_weighting == "score" else torch.ones_like(pairs.weight)
+
+    def _modulated(self, assignment: Assignment) -> bool:
+        """Whether the rule's weights hold the focal factor already."""
+        if assignment.modulated is None and assignment.background_weight is not None:
+            raise ConfigError(
+                f"{type(self.assigner).__name__} weighs the background but does not say whether its weights hold the"
+                " focal factor already: it must set `modulated` of its Assignment to True (as in DW), or to False"
+            )
+        return bool(assignment.modulated)
 
     def _check(self, outputs: Outputs) -> None:
         classes = outputs.class_logits.shape[-1]
@@ -109,3 +180,6 @@ class DenseCriterion(nn.Module):
                 "criterion.quality asks for a quality loss but the head has no quality branch: set"
                 " model.head.quality=true, or criterion.quality=null"
             )
+        objection = self.config.objection(outputs.coder)
+        if objection is not None:
+            raise ConfigError(objection)

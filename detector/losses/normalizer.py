@@ -48,7 +48,7 @@ class Normalizer(nn.Module):
             count = (assignment.weight * assignment.quality * _counts(assignment)).sum()
         else:
             count = _counts(assignment).sum()
-        count = _mean_over_processes(count.float())
+        count = mean_over_processes(count.float())
         if self.kind != "ema":
             return count
         if self.training:
@@ -61,7 +61,8 @@ def _counts(assignment: Assignment) -> Tensor:
     return ((assignment.weight > 0) & ~assignment.ignored.view(-1)[assignment.prior]).float()
 
 
-def _mean_over_processes(count: Tensor) -> Tensor:
+def mean_over_processes(count: Tensor) -> Tensor:
+    """`count` itself in a single process."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()

@@ -1,4 +1,7 @@
-"""Loss of the quality branch: how good a prior's box is, said by the head itself and multiplied into the score."""
+"""Loss of the quality branch: how good a prior's box is, said by the head itself and multiplied into the score.
+
+Legend: B images, R priors of an image, P pairs.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from detector.boxes import EPS, full_precision, pairwise_iou
-from detector.coders import edge_distances
+from detector.boxes import EPS, edge_distances, full_precision, pairwise_iou
 from detector.config.node import Node
+from detector.losses.targets import Pairs
+from detector.structures import Assignment
 
 
 class QualityLoss(Node):
-    """Loss of each pair's quality logit."""
+    """Loss of the quality logits."""
 
     weight: float = Field(1.0, ge=0, description="factor of this term in the total")
 
@@ -24,12 +28,12 @@ class QualityLoss(Node):
         """(P, 2) of the priors, (P, 4) what they predict, (P, 4) of their objects -> (P,) in [0, 1], no gradient."""
 
     @abstractmethod
-    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
-        """(P,), (P,) float32 -> (P,)."""
+    def __call__(self, logits: Tensor, target: Tensor, pairs: Pairs, assignment: Assignment) -> Tensor:
+        """(B, R) logits, (P,) targets -> float32 scalar, undivided and without `weight`."""
 
 
 class QualityBce(QualityLoss):
-    """Binary cross-entropy against centerness or IoU."""
+    """Binary cross-entropy against centerness or IoU, of priors with an object."""
 
     type: Literal["bce"] = "bce"
     target: Literal["centerness", "iou"] = Field(
@@ -41,8 +45,9 @@ class QualityBce(QualityLoss):
             return centerness(centers, boxes)
         return pairwise_iou(decoded.detach(), boxes)
 
-    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    def __call__(self, logits: Tensor, target: Tensor, pairs: Pairs, assignment: Assignment) -> Tensor:
+        own = full_precision(logits.reshape(-1)[assignment.prior])
+        return (F.binary_cross_entropy_with_logits(own, target, reduction="none") * pairs.weight).sum()
 
 
 def centerness(points: Tensor, boxes: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from detector.config.node import Node
 class BoxLoss(Node):
     """Loss of each pair."""
 
-    on: ClassVar[Literal["raw", "boxes"]]
+    on: ClassVar[Literal["raw", "boxes"]] = "boxes"
     weight: float = Field(1.0, ge=0, description="factor of this term in the total")
 
     @abstractmethod

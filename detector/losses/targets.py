@@ -44,11 +44,14 @@ class ClassTargets:
         return targets[:-1].view(self.shape), weights[:-1].view(self.shape)
 
 
-def class_targets(assignment: Assignment, labels: Tensor, num_classes: int) -> ClassTargets:
+def class_targets(
+    assignment: Assignment, labels: Tensor, num_classes: int, positives_alone: bool = False
+) -> ClassTargets:
     """From pairs to cells; `labels` (N,) int64 are those of the batch's objects.
 
     A pair of weight 0, or of an ignored prior, says nothing.  Several pairs of one cell (a prior with two objects of
-    one class) are one target: their highest quality, with their highest weight.
+    one class) are one target: their highest quality, with their highest weight.  `positives_alone`: priors without a
+    pair weigh nothing.
     """
     batch, priors = assignment.ignored.shape
     nowhere = batch * priors * num_classes
@@ -61,13 +64,18 @@ def class_targets(assignment: Assignment, labels: Tensor, num_classes: int) -> C
     group = first.cumsum(0) - 1
     zeros = torch.zeros_like(weight)
     target = zeros.scatter_reduce(0, group, assignment.quality.float()[order], "amax")[group]
-    weight = zeros.scatter_reduce(0, group, weight[order], "amax")[group]
+    highest = zeros.scatter_reduce(0, group, weight[order], "amax")[group]
+    prior_weight = (~assignment.ignored).float()
+    if positives_alone:
+        paired = torch.zeros_like(prior_weight).view(-1)
+        paired = paired.scatter_reduce(0, assignment.prior, (weight > 0).float(), "amax")
+        prior_weight = paired.view_as(prior_weight)
     return ClassTargets(
         shape=(batch, priors, num_classes),
         cell=torch.where(first, cell, nowhere),
         target=target,
-        weight=weight,
-        prior_weight=(~assignment.ignored).float(),
+        weight=highest,
+        prior_weight=prior_weight,
         background_weight=assignment.background_weight,
     )
 
@@ -80,20 +88,21 @@ class Pairs:
     prior_boxes: Tensor  # (P, 4) float32 xyxy
     stride: Tensor  # (P,) float32 pixels
     raw: Tensor  # (P, C) float32, with graph
-    quality_logits: Tensor | None  # (P,) float32, with graph
+    prior: Tensor  # (P,) int64 image * R + prior
+    class_logits: Tensor  # (B * R, K) of all priors, without graph
     boxes: Tensor  # (P, 4) float32 xyxy of the objects
     coder: Coder
 
     @classmethod
     def gather(cls, outputs: Outputs, objects: Objects, assignment: Assignment) -> Pairs:
         prior = assignment.prior % len(outputs.priors)
-        quality = outputs.quality_logits
         return cls(
             weight=assignment.weight * ~assignment.ignored.view(-1)[assignment.prior],
             prior_boxes=outputs.priors.boxes[prior],
             stride=outputs.priors.stride[prior],
             raw=full_precision(outputs.box_raw.flatten(0, 1)[assignment.prior]),
-            quality_logits=None if quality is None else full_precision(quality.reshape(-1)[assignment.prior]),
+            prior=assignment.prior,
+            class_logits=outputs.class_logits.detach().flatten(0, 1),
             boxes=objects.boxes[assignment.object],
             coder=outputs.coder,
         )
@@ -112,3 +121,13 @@ class Pairs:
     def raw_target(self) -> Tensor:
         """(P, C) float32 that the head should say."""
         return self.coder.encode(self.prior_boxes, self.stride, self.boxes)
+
+    @cached_property
+    def iou(self) -> Tensor:
+        """(P,) in [0, 1] of what the head says now with the object, no gradient."""
+        return boxes.pairwise_iou(self.decoded.detach(), self.boxes)
+
+    @cached_property
+    def best_score(self) -> Tensor:
+        """(P,) in [0, 1]: the prior's highest class score now, no gradient."""
+        return full_precision(self.class_logits[self.prior]).amax(-1).sigmoid()

@@ -1,5 +1,15 @@
 """Networks: images in, `Outputs` out.  `Model` is the union of all of them."""
 
-from detector.models.dense import DenseConfig
+from __future__ import annotations
 
-Model = DenseConfig
+from typing import Annotated
+
+from pydantic import Field
+
+from detector.config.node import default_type
+from detector.models.cascade import CascadeConfig
+from detector.models.dense import DenseConfig, DenseDetector
+from detector.models.two_stage import TwoStageConfig, TwoStageDetector
+
+Model = Annotated[DenseConfig | TwoStageConfig | CascadeConfig, Field(discriminator="type"), default_type("dense")]
+Network = DenseDetector | TwoStageDetector

@@ -5,44 +5,35 @@ Legend: B images, L levels, R priors, K classes, A priors in a cell, C numbers o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from detector.coders import AnyCoder, Deltas
-from detector.config.node import Node
-from detector.models.layers import ConvKind, NormKind, conv2d, norm2d
-from detector.models.priors import Anchors, AnyPriors
+from detector.models.heads import HeadConfig, initialise, say
+from detector.models.layers import conv2d, norm2d
 from detector.structures import Outputs, Priors
 
 # Training at many sizes would otherwise keep the priors of all of them on the device.
 MOST_CACHED = 8
 
 
-class DenseHeadConfig(Node):
+class DenseHeadConfig(HeadConfig):
     """Class and box towers over every level with the same weights; what they label and how boxes are coded.
 
     The default is RetinaNet with group norm.  FCOS: points, distances, quality, level_scale.  ATSS: one anchor, deltas,
-    quality, level_scale.
+    quality, level_scale.  GFL: as ATSS, but bins and no quality.
     """
 
-    priors: AnyPriors = Anchors()
-    coder: AnyCoder = Deltas()
+    type: Literal["dense"] = "dense"
     convs: int = Field(4, ge=0, description="convolutions of a tower before the one that predicts")
-    channels: int = Field(256, ge=1)
-    norm: NormKind = Field("group", description="batch: each level has its own statistics, see TowerLayer")
-    conv: ConvKind = Field("plain", description="separable: light 3 x 3 convolutions, the predicting ones included")
     shared_tower: bool = Field(False, description="one tower for classes and boxes: light")
-    level_scale: bool = Field(False, description="a learnt factor for the raw boxes of each level (FCOS)")
-    quality: bool = Field(False, description="predict a centerness or IoU from the box tower")
-    prior_probability: float = Field(0.01, gt=0, lt=1, description="class score of every prior before training")
+    predict_kernel: Literal[1, 3] = Field(3, description="side of the convolutions that predict: 1 in an RPN")
 
     def build(self, in_channels: int, strides: Sequence[int], num_classes: int) -> DenseHead:
-        """For maps of `in_channels` and these strides, fine to coarse."""
         return DenseHead(self, in_channels, strides, num_classes)
 
 
@@ -53,11 +44,11 @@ class TowerLayer(nn.Module):
     train on each level's statistics but infer with their mixture (Ghiasi et al., "NAS-FPN", CVPR 2019).
     """
 
-    def __init__(self, in_channels: int, config: DenseHeadConfig, levels: int) -> None:
+    def __init__(self, in_channels: int, config: HeadConfig, levels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        bias = config.norm == "none"
+        bias = config.norm == "none" or config.tower_bias
         # One, or, once batch norms were folded into it, one for each level; so are the norms.
-        self.convs = nn.ModuleList([conv2d(in_channels, config.channels, 3, kind=config.conv, bias=bias)])
+        self.convs = nn.ModuleList([conv2d(in_channels, config.channels, kernel_size, kind=config.conv, bias=bias)])
         norms = levels if config.norm == "batch" else 1
         self.norms = nn.ModuleList(norm2d(config.norm, config.channels) for _ in range(norms))
 
@@ -79,58 +70,18 @@ class Tower(nn.ModuleList):
         return x
 
 
-class DenseHead(nn.Module):
-    """List of L maps (B, in_channels, H, W), fine to coarse -> `Outputs`.
+class GridHead(nn.Module):
+    """A head over all levels: what it is built for, and the priors of maps of whatever size."""
 
-    Everything is ordered level, row, column, prior of the cell; a cell's numbers are ordered prior, then class.
-    """
+    config: HeadConfig
+    classes: nn.Module  # the last layers of the class and the box branch
+    box: nn.Module
 
-    def __init__(self, config: DenseHeadConfig, in_channels: int, strides: Sequence[int], num_classes: int) -> None:
+    def __init__(self, config: HeadConfig, strides: Sequence[int], num_classes: int) -> None:
         super().__init__()
-        self.config, self.strides, self.num_classes = config, tuple(strides), num_classes
+        self.strides, self.num_classes = tuple(strides), num_classes
+        self._make_priors = config.priors
         self._cache: dict[tuple[tuple[tuple[int, int], ...], torch.device], Priors] = {}
-        width = config.channels if config.convs else in_channels
-
-        def predict(numbers: int) -> nn.Module:
-            return conv2d(width, config.priors.per_cell * numbers, 3, kind=config.conv)
-
-        self.class_tower = Tower(in_channels, config, len(strides))
-        self.box_tower = None if config.shared_tower else Tower(in_channels, config, len(strides))
-        self.classes, self.box = predict(num_classes), predict(config.coder.channels)
-        self.quality = predict(1) if config.quality else None
-        self.level_scale = nn.Parameter(torch.ones(len(strides))) if config.level_scale else None
-        self._initialise(config.prior_probability)
-
-    def _initialise(self, prior_probability: float) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                # Depthwise: as many inputs as taps, so 0.01 twice in a row would leave no signal.
-                nn.init.normal_(module.weight, std=1 / 3 if module.groups > 1 else 0.01)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        last = [module for module in self.classes.modules() if isinstance(module, nn.Conv2d)][-1]
-        assert last.bias is not None
-        nn.init.constant_(last.bias, -math.log((1 - prior_probability) / prior_probability))
-
-    def forward(self, maps: Sequence[Tensor]) -> Outputs:
-        classes, boxes, qualities = [], [], []
-        for level, x in enumerate(maps):
-            for_class = self.class_tower(x, level)
-            for_box = for_class if self.box_tower is None else self.box_tower(x, level)
-            raw = self.box(for_box)
-            classes.append(_flat(self.classes(for_class), self.num_classes))
-            boxes.append(
-                _flat(raw if self.level_scale is None else raw * self.level_scale[level], self.config.coder.channels)
-            )
-            if self.quality is not None:
-                qualities.append(_flat(self.quality(for_box), 1))
-        return Outputs(
-            priors=self.priors(maps),
-            class_logits=torch.cat(classes, dim=1),
-            box_raw=torch.cat(boxes, dim=1),
-            quality_logits=torch.cat(qualities, dim=1).squeeze(-1) if qualities else None,
-            coder=self.config.coder,
-        )
 
     def priors(self, maps: Sequence[Tensor]) -> Priors:
         """The priors of maps of these sizes, made once for each set of sizes and device."""
@@ -140,7 +91,7 @@ class DenseHead(nn.Module):
             return self._cache[key]
         # Made in inference mode they could never be used for training.
         with torch.inference_mode(False):
-            priors = self.config.priors(sizes, self.strides, maps[0].device)
+            priors = self._make_priors(sizes, self.strides, maps[0].device)
         if not torch.compiler.is_compiling():  # an exporter's tensors must not outlive it
             if len(self._cache) == MOST_CACHED:
                 del self._cache[next(iter(self._cache))]
@@ -148,6 +99,48 @@ class DenseHead(nn.Module):
         return priors
 
 
-def _flat(x: Tensor, numbers: int) -> Tensor:
+class DenseHead(GridHead):
+    """List of L maps (B, in_channels, H, W), fine to coarse -> `Outputs`.
+
+    Everything is ordered level, row, column, prior of the cell; a cell's numbers are ordered prior, then class.
+    """
+
+    def __init__(self, config: DenseHeadConfig, in_channels: int, strides: Sequence[int], num_classes: int) -> None:
+        super().__init__(config, strides, num_classes)
+        self.config = config
+        width = config.channels if config.convs else in_channels
+
+        def predict(numbers: int) -> nn.Module:
+            return conv2d(width, config.priors.per_cell * numbers, config.predict_kernel, kind=config.conv)
+
+        self.class_tower = Tower(in_channels, config, len(strides))
+        self.box_tower = None if config.shared_tower else Tower(in_channels, config, len(strides))
+        self.box_numbers = config.coder.channels
+        self.classes, self.box = predict(num_classes), predict(self.box_numbers)
+        self.quality = predict(1) if config.quality else None
+        self.level_scale = nn.Parameter(torch.ones(len(strides))) if config.level_scale else None
+        initialise(self)
+        say(config.prior_probability, self.classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> Outputs:
+        classes, boxes, qualities = [], [], []
+        for level, x in enumerate(maps):
+            for_class = self.class_tower(x, level)
+            for_box = for_class if self.box_tower is None else self.box_tower(x, level)
+            raw = self.box(for_box)
+            classes.append(flat(self.classes(for_class), self.num_classes))
+            boxes.append(flat(raw if self.level_scale is None else raw * self.level_scale[level], self.box_numbers))
+            if self.quality is not None:
+                qualities.append(flat(self.quality(for_box), 1))
+        return Outputs(
+            priors=self.priors(maps),
+            class_logits=torch.cat(classes, dim=1),
+            box_raw=torch.cat(boxes, dim=1),
+            quality_logits=torch.cat(qualities, dim=1).squeeze(-1) if qualities else None,
+            coder=self.config.coder,
+        )
+
+
+def flat(x: Tensor, numbers: int) -> Tensor:
     """(B, A * numbers, H, W) -> (B, H * W * A, numbers); a view where `x` is in channels_last."""
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, numbers)

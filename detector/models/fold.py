@@ -7,15 +7,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from detector.models.dense import DenseDetector
+from detector.models import Network
 from detector.models.dense_head import TowerLayer
 from detector.models.layers import AnyBatchNorm, activation_of, affine_of
 
 SIDE = 64  # pixels of the image that shows which norm follows which convolution
 
 
-def fold_batch_norm(model: DenseDetector) -> DenseDetector:
-    """A copy in evaluation mode and channels_last, every batch norm folded that directly follows a convolution.
+def fold_batch_norm(model: Network) -> Network:
+    """A copy in evaluation mode, every batch norm folded that directly follows a convolution.
 
     Same outputs, but for rounding.  For inference: it cannot be trained further, and its state is no longer `model`'s.
     """
@@ -29,10 +29,10 @@ def fold_batch_norm(model: DenseDetector) -> DenseDetector:
         _fold(conv, norm)
         parent, _, name = names[norm].rpartition(".")
         setattr(folded.get_submodule(parent), name, activation_of(norm))
-    return folded.channels_last()
+    return folded.to(memory_format=torch.channels_last)
 
 
-def _pairs(model: DenseDetector) -> list[tuple[AnyBatchNorm, nn.Conv2d]]:
+def _pairs(model: Network) -> list[tuple[AnyBatchNorm, nn.Conv2d]]:
     """Batch norms with the convolution whose output they take, both used once: seen in a run, whatever the names.
 
     A convolution's output that goes elsewhere as well would not be seen; no network normalises only one branch of it.

@@ -18,8 +18,10 @@ class FpnConfig(Node):
 
     type: Literal["fpn"] = "fpn"
     channels: int = Field(256, ge=1)
-    extra: Literal["from_p5", "from_c5", "none"] = Field(
-        "from_p5", description="what the coarser levels are made of: the last output (FCOS, ATSS) or input (RetinaNet)"
+    extra: Literal["from_p5", "from_c5", "pool", "none"] = Field(
+        "from_p5",
+        description="what the coarser levels are made of: convolutions of the last output (FCOS, ATSS) or of the last"
+        " input (RetinaNet), or every second cell of the last output (FPN's own, for an RPN)",
     )
     extra_levels: int = Field(2, ge=1, le=4, description="how many coarser levels, unless extra is none")
     norm: NormKind = "none"
@@ -43,6 +45,7 @@ class Fpn(nn.Module):
         self.channels = config.channels
         self.strides = (*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(extra_levels)))
         self.extra_from_input = config.extra == "from_c5"
+        self.pooled_levels = extra_levels if config.extra == "pool" else 0
 
         def layer(channels: int, kernel_size: int, stride: int = 1, kind: ConvKind = "plain") -> nn.Module:
             bias = config.norm == "none"
@@ -53,7 +56,8 @@ class Fpn(nn.Module):
         self.output = nn.ModuleList(layer(config.channels, 3, kind=config.conv) for _ in in_channels)
         first = in_channels[-1] if self.extra_from_input else config.channels
         self.extra = nn.ModuleList(
-            layer(config.channels if i else first, 3, stride=2, kind=config.conv) for i in range(extra_levels)
+            layer(config.channels if i else first, 3, stride=2, kind=config.conv)
+            for i in range(extra_levels - self.pooled_levels)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -70,4 +74,6 @@ class Fpn(nn.Module):
         for i, extra in enumerate(self.extra):
             coarse = extra(F.relu(coarse) if i else coarse)
             outputs.append(coarse)
+        for _ in range(self.pooled_levels):
+            outputs.append(outputs[-1][..., ::2, ::2])
         return outputs

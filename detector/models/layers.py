@@ -15,11 +15,12 @@ NormKind = Literal["none", "batch", "group"]
 BackboneNorm = Literal["batch", "frozen_batch", "sync_batch", "group"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
     """Lower precision where it is safe; nothing at all for fp32."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
 def conv2d(

@@ -57,6 +57,9 @@ class Anchors(GridPriors):
     scale: Positive = Field(4.0, description="side of the smallest square anchor in strides")
     octave_scales: int = Field(3, ge=1, description="sizes before the next level's: scale * 2 ** (i / octave_scales)")
     ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), min_length=1, description="height / width, at equal area")
+    whole_pixels: bool = Field(
+        False, description="sizes cut, and then half sides rounded, to whole pixels: what torchvision's weights expect"
+    )
 
     @property
     def per_cell(self) -> int:
@@ -64,7 +67,10 @@ class Anchors(GridPriors):
 
     def shapes(self, stride: int) -> tuple[tuple[float, float], ...]:
         sides = [self.scale * stride * 2 ** (i / self.octave_scales) for i in range(self.octave_scales)]
-        return tuple((side / ratio**0.5, side * ratio**0.5) for ratio in self.ratios for side in sides)
+        if self.whole_pixels:
+            sides = [float(int(side + 1e-6)) for side in sides]
+        shapes = tuple((side / ratio**0.5, side * ratio**0.5) for ratio in self.ratios for side in sides)
+        return tuple((2.0 * round(w / 2), 2.0 * round(h / 2)) for w, h in shapes) if self.whole_pixels else shapes
 
 
 class Points(GridPriors):

@@ -12,6 +12,7 @@ from detector.train.ema import EmaConfig
 from detector.train.history import EarlyStopping
 from detector.train.length import Length
 from detector.train.optim import AnyOptimizer, Sgd
+from detector.train.probe import ProbeConfig
 from detector.train.schedule import AnySchedule, MultiStep, Plateau
 
 
@@ -35,6 +36,7 @@ class TrainConfig(Node):
     save_every: Length = Field(Length(epochs=1), description="what is lost at most when the machine stops")
     log_every: int = Field(20, ge=1, description="steps between two lines of metrics")
     pictures: int = Field(4, ge=0, description="validation pictures drawn at each evaluation")
+    probe: ProbeConfig | None = Field(None, description="note the assignments of some validation images now and then")
     device: str = Field("auto", pattern=DEVICES, description="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
     deterministic: bool = Field(False, description="bit for bit the same on a GPU too, at some cost; a CPU always is")
     threads: int | None = Field(None, ge=1, description="CPU threads of the main process; null: as torch sees fit")

@@ -31,3 +31,8 @@ def find_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(f"device {name!r}: no Apple GPU was found on this machine; use cpu or auto")
     return device
+
+
+def count_gpus() -> int:
+    """CUDA GPUs of this machine."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

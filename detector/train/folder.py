@@ -41,6 +41,10 @@ class RunFiles:
     def curves(self) -> Path:
         return self.folder / "tensorboard"
 
+    @property
+    def assignments(self) -> Path:
+        return self.folder / "assignments"
+
     def check_free(self) -> None:
         """Raises `UserError` where a run is already."""
         present = self._present()
@@ -65,7 +69,7 @@ class RunFiles:
             raise UserError(f"{self.folder}: cannot write the run's folder ({error.strerror or error})") from None
 
     def _present(self) -> list[Path]:
-        own = [self.best, self.last, self.metrics, self.config, self.pictures, self.curves]
+        own = [self.best, self.last, self.metrics, self.config, self.pictures, self.curves, self.assignments]
         return [path for path in own if path.exists()]
 
     def check_resumable(self) -> None:

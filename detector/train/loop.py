@@ -22,6 +22,7 @@ from detector.train.introduction import introduction
 from detector.train.length import Horizon
 from detector.train.log import Log
 from detector.train.pictures import draw_first_batch
+from detector.train.probe import Probe
 from detector.train.random import seed_step, set_determinism
 from detector.train.signals import StopRequest
 from detector.train.state import TrainingState
@@ -68,11 +69,12 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
     val = config.data.open("val", data.index.classes)
     horizon = Horizon(settings.length.count(len(data), settings.batch_size), len(data), settings.batch_size)
     state = TrainingState.build(config, data.index, device, load_weights=saved is None)
-    notes = settings.schedule.notes(horizon) + config.assigner.notes(horizon)
+    rule = config.assigner  # None where the criterion matches by itself
+    notes = settings.schedule.notes(horizon) + ([] if rule is None else rule.notes(horizon))
     if saved is not None:
         notes += state.restore(saved, files.last)
         files.truncate_metrics(state.step)
-    loader = _loader(config, data, state.step, horizon.total)
+    loader = _loader(config, data, state.step, horizon.total, horizon.epoch(horizon.total))
     validation = Validation(config, val, device)
     stepper = Stepper(state.module, state.optimizer, state.scaler, settings.clip_norm)
     finite = FiniteCheck(device, scaled=state.scaler.is_enabled())
@@ -96,6 +98,8 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
         save_checkpoint(files.last, state.checkpoint())
         log.restart()
 
+    probe = None if settings.probe is None else Probe(settings.probe, val, config.data.resize, config.data.pad_multiple)
+    probe_every = 0 if settings.probe is None else horizon.steps(settings.probe.every)
     evaluate_every = horizon.total if settings.evaluate_every is None else horizon.steps(settings.evaluate_every)
     save_every = horizon.steps(settings.save_every)
     past = [score for _, score in state.scores]
@@ -126,6 +130,8 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
                     log.scores(state.step, result.numbers, is_best(past))
                     validation.pictures.draw(files, log, state.step)
                     log.restart()
+                if probe is not None and (state.step % probe_every == 0 or state.step == horizon.total):
+                    probe.note(state.module, files, state.step)
                 if settings.early_stopping is not None and settings.early_stopping.stops(past):
                     log.say(f"stopped early: no better AP in {settings.early_stopping.patience} evaluations")
                     complete = True
@@ -139,7 +145,8 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
                 parts = [next(batches) for _ in range(settings.accumulate)]
                 ids = torch.cat([part.ids for part in parts])
                 parts = [part.to(device) for part in parts]
-                set_assigner(state.module, config.assigner.at(state.step, horizon))
+                if rule is not None:
+                    set_assigner(state.module, rule.at(state.step, horizon))
                 if state.step == 0:
                     draw_first_batch(files, state.module, parts[0], data.index.classes)
                     log.restart()
@@ -168,8 +175,8 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
     return Outcome(files, state.step, best, state.numbers, None if complete else stop.name, unreadable())
 
 
-def _loader(config: RunConfig, data: CocoData, start: int, stop: int) -> Loader:
-    """The parts of the steps from `start` to before `stop`."""
+def _loader(config: RunConfig, data: CocoData, start: int, stop: int, epochs: float) -> Loader:
+    """The parts of the steps from `start` to before `stop`, of a run of `epochs` in all."""
     settings = config.train
     return train_loader(
         data,
@@ -184,4 +191,7 @@ def _loader(config: RunConfig, data: CocoData, start: int, stop: int) -> Loader:
         max_unreadable=config.data.max_unreadable,
         rank=rank(),
         world=world_size(),
+        epochs=epochs,
+        partner_cache=config.data.partner_cache,
+        order=config.data.order,
     )

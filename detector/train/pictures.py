@@ -27,7 +27,10 @@ def draw_first_batch(files: RunFiles, module: TrainingModule, batch: Batch, clas
     on_cpu = batch.to("cpu")
     draw.write(files.pictures / "train-samples.jpg", draw.sample_sheet(on_cpu, classes))
     for name, assignment in losses.assignments.items():
-        sheet = draw.assignment_sheet(on_cpu, outputs.priors.to("cpu"), assignment, classes)
+        priors = outputs.priors_of(name)
+        if priors.per_image:  # proposals lie on no grid that dots could show
+            continue
+        sheet = draw.assignment_sheet(on_cpu, priors.to("cpu"), assignment, classes)
         draw.write(files.pictures / f"assignment-{name}.jpg", sheet)
 
 

@@ -43,7 +43,7 @@ class TrainingModule(nn.Module):
         losses: Losses = self.criterion(outputs, batch.objects)
         for name, assignment in losses.assignments.items():
             statistics = self.statistics.setdefault(name, AssignmentStatistics())
-            statistics.add(outputs.priors, batch.objects, assignment)
+            statistics.add(outputs.priors_of(name), batch.objects, assignment)
         return losses
 
 

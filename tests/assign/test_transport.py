@@ -53,13 +53,13 @@ def by_hand() -> tuple[list[list[float | None]], list[float], list[int]]:
             if not (inside and near):
                 row.append(None)
                 continue
-            # Equation 2: classification (over both classes) and regression, with alpha = 1.5.
+            # Section 3.2, cost of a positive: classification (over both classes) and 1.5 times regression.
             classes = sum(focal(LOGITS[r][k], k == label) for k in range(2))
             row.append(classes - 1.5 * math.log(iou(SAID[r], box) + 1e-7))
             overlaps.append(iou(SAID[r], box))
         costs.append(row)
         supply.append(max(1, int(sum(sorted(overlaps)[-20:]))))  # section 3.3, dynamic k estimation
-    background = [sum(focal(x, False) for x in LOGITS[r]) for r in range(8)]  # equation 3
+    background = [sum(focal(x, False) for x in LOGITS[r]) for r in range(8)]  # section 3.2, cost of background
     return costs, background, supply
 
 
@@ -98,7 +98,7 @@ def scaled(eps: float, iterations: int) -> list[list[float]]:
     s = [x + 1e-8 for x in [*supply, 8 - sum(supply)]]
     u, v = [1.0] * 3, [1.0] * 8
     for _ in range(iterations):
-        # Equations 10 and 11: u = s / (K v), v = d / (K' u), with demands d of 1.
+        # u = s / (K v), v = d / (K' u), with demands d of 1.
         u = [s[i] / sum(kernel[i][j] * v[j] for j in range(8)) for i in range(3)]
         v = [(1 + 1e-8) / sum(kernel[i][j] * u[i] for i in range(3)) for j in range(8)]
     return [[u[i] * kernel[i][j] * v[j] for j in range(8)] for i in range(3)]
@@ -118,7 +118,7 @@ def test_all_is_shipped_and_every_prior_takes_one() -> None:
 
 
 def test_with_little_smoothing_it_is_the_cheapest_plan() -> None:
-    """Equation 5 solved as a linear programme."""
+    """The transport problem of section 3.1 solved as a linear programme."""
     costs, background, supply = by_hand()
     rows = [*costs, background]
     flat = [1e6 if c is None else c for row in rows for c in row]

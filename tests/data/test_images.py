@@ -146,3 +146,43 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
 
 def test_a_name_with_other_letters(tmp_path: Path, picture: Image.Image) -> None:
     assert read_image(saved(tmp_path / "größe 图.png", picture)).shape == (60, 80, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("size", [(80, 60), (333, 217), (7, 5), (1, 1)])
+def test_both_decoders_give_the_same_bytes(
+    tmp_path: Path, picture: Image.Image, mode: str, subsampling: int, size: tuple[int, int]
+) -> None:
+    for progressive in (False, True):
+        image = picture.resize(size).convert(mode)
+        path = saved(tmp_path / "x.jpg", image, quality=85, subsampling=subsampling, progressive=progressive)
+        assert np.array_equal(read_image(path), cv2.imread(str(path), cv2.IMREAD_COLOR_RGB))
+
+
+def test_a_jpeg_with_camera_data_or_odd_sampling_is_left_to_cv2(
+    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: object, **__: object) -> object:
+        raise AssertionError("this one is plain")
+
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    turned = saved(tmp_path / "a.jpg", picture, exif=exif)
+    exif[ORIENTATION] = 1
+    plain = saved(tmp_path / "b.jpg", picture, exif=exif)
+    content = turned.read_bytes()
+    garbled = tmp_path / "d.jpg"
+    garbled.write_bytes(content.replace(b"Exif\0\0MM", b"Exif\0\0XX").replace(b"Exif\0\0II", b"Exif\0\0XX"))
+    assert garbled.read_bytes() != content
+    odd = saved(tmp_path / "c.jpg", picture.convert("CMYK"), subsampling=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("detector.data.images.simplejpeg.decode_jpeg", cannot)
+        assert read_image(turned).shape == (80, 60, 3)
+        assert np.array_equal(read_image(garbled), cv2.imread(str(garbled), cv2.IMREAD_COLOR_RGB))
+        with pytest.raises(AssertionError, match="plain"):
+            read_image(plain)
+    monkeypatch.setattr("detector.data.images.cv2.imdecode", cannot)
+    assert read_image(plain).shape == (60, 80, 3)
+    with pytest.raises(AssertionError, match="plain"):
+        read_image(odd)

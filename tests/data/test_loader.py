@@ -69,7 +69,9 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
     def dtypes_and_values(x: Batch, y: Batch) -> bool:
         pairs = zip(tensors(x), tensors(y), strict=True)
-        return x.failures == y.failures and all(p.dtype == q.dtype and torch.equal(p, q) for p, q in pairs)
+        return x.failures == y.failures and all(
+            p.dtype == q.dtype and torch.equal(p.nan_to_num(-7), q.nan_to_num(-7)) for p, q in pairs
+        )
 
     return len(a) == len(b) and all(map(dtypes_and_values, a, b))
 

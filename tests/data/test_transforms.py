@@ -37,7 +37,8 @@ def noise(size: tuple[int, int], count: int, seed: int) -> Sample:
 
 
 def equal(a: Sample, b: Sample) -> bool:
-    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name), equal_nan=True) for f in fields(Sample))
+    names = [f.name for f in fields(Sample) if f.name != "outlines"]
+    return all(np.array_equal(getattr(a, n), getattr(b, n), equal_nan=True) for n in names)
 
 
 @pytest.mark.parametrize("change", EVERY, ids=str)

@@ -30,7 +30,7 @@ class Knowing(nn.Module):
         self.norm = nn.BatchNorm2d(3)
         self.seen_training: list[bool] = []
 
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images: Tensor, *, sizes: Tensor) -> Outputs:
         self.seen_training.append(self.training)
         torch.rand(3)
         objects = next(self.batches).objects
@@ -80,7 +80,7 @@ def test_leaves_no_trace(data: CocoData) -> None:
 
 def test_an_error_leaves_the_mode_too(data: CocoData) -> None:
     class Broken(nn.Module):
-        def forward(self, images: Tensor) -> Outputs:
+        def forward(self, images: Tensor, *, sizes: Tensor) -> Outputs:
             raise RuntimeError("broken")
 
     model = Broken().train()

@@ -64,13 +64,13 @@ def some_outputs(
     stride = torch.cat([torch.full((g.size,), float(g.stride)) for g in grids])
     priors = Priors(torch.cat([center - half, center + half], 1), stride, tuple(g.size for g in grids), grids)
     generator = torch.Generator().manual_seed(seed)
-    count = len(priors)
+    count, coder = len(priors), Deltas() if coder is None else coder
     return Outputs(
         priors=priors,
         class_logits=torch.randn(batch, count, classes, generator=generator).requires_grad_(),
-        box_raw=(torch.randn(batch, count, 4, generator=generator) * 0.3).requires_grad_(),
+        box_raw=(torch.randn(batch, count, coder.channels, generator=generator) * 0.3).requires_grad_(),
         quality_logits=torch.randn(batch, count, generator=generator).requires_grad_() if quality else None,
-        coder=Deltas() if coder is None else coder,
+        coder=coder,
     )
 
 
@@ -80,3 +80,26 @@ def some_objects(batch: int = 2, empty: bool = False) -> Objects:
     if empty:
         boxes, labels = [torch.zeros(0, 4)] * batch, [torch.zeros(0).long()] * batch
     return Objects.collate(boxes, labels)
+
+
+def own_objects(
+    found: Tensor, boxes: Tensor, labels: Tensor, quality: Tensor | None = None
+) -> tuple[Objects, Assignment]:
+    """What a peer told its positives to learn, each positive an object of its own.
+
+    found: (B, R) bool, the positives.  boxes (P, 4), labels (P,), quality (P,) of these, in order.
+    """
+    batch, priors = found.shape
+    prior = found.view(-1).nonzero().squeeze(1)
+    objects = Objects(
+        boxes=boxes,
+        labels=labels.long(),
+        image=prior // priors,
+        ignore=torch.zeros(0, 4),
+        ignore_image=torch.zeros(0).long(),
+        batch_size=batch,
+    )
+    ones = torch.ones(len(prior))
+    order = torch.arange(len(prior))
+    ignored = torch.zeros(batch, priors, dtype=torch.bool)
+    return objects, Assignment(priors, prior, order, ones if quality is None else quality, ones, ignored)

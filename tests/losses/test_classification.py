@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
 from detector.losses.classification import Bce, ClassLoss, Focal, expected_initial_loss
+from detector.losses.soft import QualityFocal, Varifocal
 from detector.losses.targets import ClassTargets, class_targets
 from detector.structures import Assignment
 
@@ -22,6 +23,10 @@ LOSSES: list[ClassLoss] = [
     Focal(gamma=0.5, label_smoothing=0.02),
     Bce(),
     Bce(label_smoothing=0.2),
+    QualityFocal(),
+    QualityFocal(beta=1),
+    Varifocal(),
+    Varifocal(alpha=0.5, gamma=1.5),
 ]
 
 
@@ -72,13 +77,65 @@ def test_golden(golden, scenario: str) -> None:  # type: ignore[no-untyped-def]
     for loss, name, targets in [
         (Focal(), "focal_none", one_hot(labels, classes)),
         (Focal(), "focal_weighted", one_hot(labels, classes, weight=weight)),
-        (Focal(alpha=None), "qfl_none", one_hot(labels, classes, s["quality"])),
-        (Focal(alpha=None), "qfl_weighted", one_hot(labels, classes, s["quality"], weight)),
+        (QualityFocal(), "qfl_none", one_hot(labels, classes, s["quality"])),
+        (QualityFocal(), "qfl_weighted", one_hot(labels, classes, s["quality"], weight)),
     ]:
         divisor = factor if name.endswith("weighted") else 1
         value, gradient = value_and_gradient(loss, logits, targets)
         assert_close(value / divisor, s[f"{name}/loss"].sum(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         assert_close(gradient / divisor, s[f"{name}/grad"], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("scenario", ["typical", "extreme", "one", "zero"])
+def test_golden_varifocal(golden, scenario: str) -> None:  # type: ignore[no-untyped-def]
+    """Soft targets in every cell: all of them are listed, those of 0 too."""
+    s = golden("cls_losses").scenario(scenario)
+    logits, target = s["logits"].requires_grad_(), s["dense_target"]
+    each = Varifocal().each(logits, target)
+    assert_close(each.detach(), s["varifocal_none/loss"].view_as(each), rtol=1e-5, atol=1e-6)
+    n, classes = logits.shape
+    if not n:
+        return
+    (gradient,) = torch.autograd.grad(each.sum(), logits)
+    assert_close(gradient, s["varifocal_none/grad"], rtol=1e-4, atol=1e-6)
+    weight = s["weight"][:, None].expand(n, classes).reshape(-1)
+    targets = ClassTargets((1, n, classes), torch.arange(n * classes), target.reshape(-1), weight, torch.ones(1, n))
+    value, gradient = value_and_gradient(Varifocal(), logits, targets)
+    factor = s["avg_factor"].item()
+    assert_close(value / factor, s["varifocal_weighted/loss"].squeeze(), rtol=1e-5, atol=1e-6)
+    assert_close(gradient / factor, s["varifocal_weighted/grad"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_without_modulation_all_are_binary_cross_entropy(loss: ClassLoss) -> None:
+    """DW's weights hold the squared score already: no focal factor, no balance; smoothing stays."""
+    targets = random_targets((2, 40, 3), 60, dense_background=True)
+    target, weight = targets.dense()
+    logits = torch.randn(targets.shape, generator=torch.Generator().manual_seed(7)).requires_grad_()
+    smoothing = loss.curve.smoothing
+    soft = target * (1 - smoothing) + smoothing / 2
+    expected = (F.binary_cross_entropy_with_logits(logits, soft, reduction="none") * weight).sum()
+    expected.backward()
+    other = logits.detach().clone().requires_grad_()
+    value = loss(other, targets, modulation=False)
+    value.backward()
+    assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    assert_close(other.grad, logits.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_positives_alone() -> None:
+    """YOLOX: priors without an object weigh nothing, those with one teach all their classes."""
+    assignment = Assignment(
+        num_priors=4,
+        prior=torch.tensor([2, 0, 3]),
+        object=torch.tensor([0, 0, 0]),
+        quality=torch.tensor([0.7, 1, 1]),
+        weight=torch.tensor([1.0, 0.0, 1.0]),
+        ignored=torch.tensor([[False, False, False, True]]),
+    )
+    target, weight = class_targets(assignment, torch.tensor([1]), 2, positives_alone=True).dense()
+    assert weight.tolist() == [[[0, 0], [0, 0], [1, 1], [0, 0]]]
+    assert_close(target[0, 2], torch.tensor([0.0, 0.7]))
 
 
 @pytest.mark.parametrize("scenario", ["typical", "extreme", "one"])
@@ -112,12 +169,17 @@ def test_sparse_sum_is_the_dense_definition(loss: ClassLoss, dense_background: b
     target, weight = targets.dense()
     generator = torch.Generator().manual_seed(2)
     logits = (torch.randn(shape, dtype=torch.float64, generator=generator) * 5).requires_grad_()
-    p, t = logits.sigmoid(), target.double() * (1 - loss.label_smoothing) + loss.label_smoothing / 2
+    smoothing = getattr(loss, "label_smoothing", 0.0)
+    p, t = logits.sigmoid(), target.double() * (1 - smoothing) + smoothing / 2
     plain = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
     if isinstance(loss, Focal):
         plain = plain * (p - t).abs() ** loss.gamma
         if loss.alpha is not None:
             plain = plain * (loss.alpha * t + (1 - loss.alpha) * (1 - t))
+    elif isinstance(loss, QualityFocal):
+        plain = plain * (p - t).abs() ** loss.beta
+    elif isinstance(loss, Varifocal):
+        plain = plain * torch.where(t > 0, t, loss.alpha * p**loss.gamma)
     expected = (plain * weight).sum()
     expected.backward()
     value, gradient = value_and_gradient(loss, logits, targets)

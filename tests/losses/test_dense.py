@@ -7,18 +7,22 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
 from detector.assign import Atss, Fcos, MaxIou
 from detector.assign.base import Assigner
-from detector.coders import Coder, Deltas, Distances
+from detector.coders import Bins, Coder, Deltas, Distances
 from detector.errors import ConfigError
 from detector.losses.classification import Bce, Focal
 from detector.losses.dense import DenseCriterionConfig
+from detector.losses.distribution import DistributionFocal
+from detector.losses.objectness import Objectness
 from detector.losses.quality import QualityBce, centerness
 from detector.losses.regression import L1, Ciou, Diou, Giou, Iou, SmoothL1
+from detector.losses.soft import QualityFocal, Varifocal
 from detector.structures import Assignment, Losses, Objects, Outputs, Predictions, Priors
 
 from .heads import given, golden_objects, golden_priors, some_objects, some_outputs
@@ -270,6 +274,117 @@ def test_box_weighting_by_iou_by_hand() -> None:
     assert_close(losses.sums["box"], ((1 - iou) * iou.detach() * found.weight).sum())
 
 
+def soft(outputs: Outputs, objects: Objects, **changes: Any) -> Assignment:
+    """ATSS's pairs as a soft rule would give them: qualities and weights between 0 and 1."""
+    found = Atss()(outputs.priors, objects)
+    random = torch.Generator().manual_seed(3)
+    quality = torch.rand(len(found.prior), generator=random) * (found.weight > 0)
+    return replace(found, quality=quality, weight=found.weight * (0.5 + quality / 2), **changes)
+
+
+def iou_of(outputs: Outputs, objects: Objects, found: Assignment) -> Tensor:
+    decoded, target = outputs.boxes.detach().view(-1, 4)[found.prior], objects.boxes[found.object]
+    sides = (torch.minimum(decoded[:, 2:], target[:, 2:]) - torch.maximum(decoded[:, :2], target[:, :2])).clamp(min=0)
+    area = (decoded[:, 2:] - decoded[:, :2]).prod(1) + (target[:, 2:] - target[:, :2]).prod(1)
+    return sides.prod(1) / (area - sides.prod(1))
+
+
+@pytest.mark.parametrize("source", ["assignment", "iou", "one"])
+@pytest.mark.parametrize("loss", [QualityFocal(), Varifocal(), Focal(), Bce()], ids=lambda c: c.type)
+def test_where_class_targets_come_from(source: Any, loss: Any) -> None:
+    outputs, objects = some_outputs(), some_objects()
+    found = soft(outputs, objects)
+    config = DenseCriterionConfig(classification=loss, class_target=source, normalizer="quality")
+    losses = config.build(given(found), 3)(outputs, objects)
+    value = {"assignment": found.quality, "iou": iou_of(outputs, objects, found), "one": torch.ones(len(found.prior))}
+    target, weight = torch.zeros(2, 20, 3), torch.ones(2, 20, 3)
+    kept = found.weight > 0
+    cell = (found.prior * 3 + objects.labels[found.object])[kept]
+    target.view(-1)[cell], weight.view(-1)[cell] = value[source][kept], found.weight[kept]
+    expected = (loss.each(outputs.class_logits, target) * weight).sum()
+    assert_close(losses.sums["class"], expected)
+    assert_close(gradient(losses.sums["class"], outputs.class_logits), gradient(expected, outputs.class_logits))
+    assert_close(losses.normalizer, (value[source] * found.weight).sum())
+    assert losses.assignments["dense"] is not None
+    assert torch.equal(losses.assignments["dense"].quality, found.quality)  # what the rule said is reported
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "assignment", "iou", "score", "quality"])
+def test_what_boxes_are_weighted_by(weighting: Any) -> None:
+    outputs, objects = some_outputs(coder=Bins()), some_objects()
+    found = soft(outputs, objects)
+    config = DenseCriterionConfig(
+        box=Giou(), box_weighting=weighting, distribution=DistributionFocal(weight=1), quality=QualityBce()
+    )
+    losses = config.build(given(found), 3)(outputs, objects)
+    prior = found.prior % found.num_priors
+    factor = {
+        "uniform": torch.ones(len(prior)),
+        "assignment": found.quality,
+        "iou": iou_of(outputs, objects, found),
+        "score": outputs.class_logits.detach().sigmoid().view(-1, 3)[found.prior].amax(1),
+        "quality": centerness(outputs.priors.centers[prior], objects.boxes[found.object]),
+    }[weighting]
+    weight = found.weight * factor
+    each = Giou()(outputs.boxes.view(-1, 4)[found.prior], objects.boxes[found.object])
+    assert_close(losses.sums["box"], (each * weight).sum())
+    true = Bins().distances(outputs.priors.boxes[prior], outputs.priors.stride[prior], objects.boxes[found.object])
+    dfl = DistributionFocal()(outputs.box_raw.view(-1, 68)[found.prior], true, Bins())
+    assert_close(losses.sums["distribution"], (dfl * weight).sum())
+
+
+def test_a_rule_that_weighs_the_background_says_whether_that_holds_the_focal_factor() -> None:
+    outputs, objects = some_outputs(), some_objects()
+    background = torch.rand(2, 20, 3, generator=torch.Generator().manual_seed(1))
+    config = DenseCriterionConfig(classification=Focal())
+
+    def class_sum(modulated: bool | None) -> Tensor:
+        found = soft(outputs, objects, background_weight=background, modulated=modulated)
+        return config.build(given(found), 3)(outputs, objects).sums["class"]
+
+    found = soft(outputs, objects)
+    kept = found.weight > 0
+    cell = (found.prior * 3 + objects.labels[found.object])[kept]
+    target, weight = torch.zeros(2, 20, 3), background.clone()
+    target.view(-1)[cell], weight.view(-1)[cell] = found.quality[kept], found.weight[kept]
+    plain = F.binary_cross_entropy_with_logits(outputs.class_logits, target, reduction="none")
+    assert_close(class_sum(True), (plain * weight).sum())
+    assert_close(class_sum(False), (Focal().each(outputs.class_logits, target) * weight).sum())
+    with pytest.raises(ConfigError, match="must set `modulated`"):
+        class_sum(None)
+
+
+@pytest.mark.parametrize("target", ["one", "iou"])
+def test_objectness_teaches_every_prior(target: Any) -> None:
+    """A prior with two objects is one target, an ignored one none."""
+    outputs = some_outputs()
+    objects = replace(some_objects(), ignore=torch.tensor([[0.0, 0, 12, 12]]), ignore_image=torch.tensor([1]))
+    found = Atss()(outputs.priors, objects)
+    kept = found.weight > 0
+    prior = found.prior[kept][:1]
+    twice = replace(
+        found,
+        prior=torch.cat([found.prior, prior]),
+        object=torch.cat([found.object, 1 - found.object[kept][:1]]),  # the image's other object
+        quality=torch.cat([found.quality, torch.ones(1)]),
+        weight=torch.cat([found.weight, torch.ones(1)]),
+    )
+    config = DenseCriterionConfig(quality=Objectness(target=target), class_on="positives")
+    losses = config.build(given(twice), 3)(outputs, objects)
+    goal = torch.zeros(40)
+    value = torch.ones(len(twice.prior)) if target == "one" else iou_of(outputs, objects, twice)
+    goal.scatter_reduce_(0, twice.prior[twice.weight > 0], value[twice.weight > 0], "amax")
+    assert outputs.quality_logits is not None
+    each = F.binary_cross_entropy_with_logits(outputs.quality_logits.view(-1), goal, reduction="none")
+    assert found.ignored.any()
+    assert_close(losses.sums["quality"], each[~found.ignored.view(-1)].sum())
+    slope = gradient(losses.sums["class"], outputs.class_logits).view(40, 3)
+    positive = torch.zeros(40, dtype=torch.bool)
+    positive[twice.prior[twice.weight > 0]] = True
+    assert slope[positive].all()
+    assert not slope[~positive].any()
+
+
 class Looks(Assigner):
     """Uses the predictions, and says what it saw."""
 
@@ -297,8 +412,16 @@ def test_what_does_not_fit_is_said() -> None:
         DenseCriterionConfig(quality=QualityBce()).build(Atss(), 3)(outputs, objects)
     with pytest.raises(ConfigError, match="3 class logits"):
         DenseCriterionConfig().build(Atss(), 4)(outputs, objects)
+    with pytest.raises(ConfigError, match=r"model\.head\.coder={type: bins}"):
+        DenseCriterionConfig(distribution=DistributionFocal()).build(Atss(), 3)(outputs, objects)
+    with pytest.raises(ConfigError, match=r"criterion\.box\.type=giou"):
+        DenseCriterionConfig(box=L1()).build(Atss(), 3)(some_outputs(quality=False, coder=Bins()), objects)
+    with pytest.raises(ConfigError, match="set assigner"):
+        DenseCriterionConfig().build(None, 3)
     with pytest.raises(ValidationError, match="box_weighting"):
         DenseCriterionConfig(box_weighting="quality")
+    with pytest.raises(ValidationError, match="type: objectness"):
+        DenseCriterionConfig(class_on="positives", quality=QualityBce())
 
 
 def test_without_a_quality_branch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ from detector.train.checkpoint import load_checkpoint
 from detector.train.loop import train
 from detector.train.step import Stepper
 from tests.train.compare import assert_same_training
-from tests.train.test_loop import Load
+from tests.train.test_loop import Load, lines
 
 CHANGING = (
     "assigner={type: switch, first: {type: anneal, rule: {type: atss}, parameters: {topk: {start: 13, end: 1}}},"
@@ -53,6 +54,18 @@ def test_stop_and_go_changes_nothing(config: Load, tmp_path: Path, monkeypatch: 
     straight, stopped = load_checkpoint(tmp_path / "run" / "last.pt"), load_checkpoint(folder / "last.pt")
     assert_same_training(straight, stopped)
     assert straight["criterion"].keys() == {"normalizer.average"}  # the rule is in no checkpoint's state
+
+
+@pytest.mark.parametrize(
+    "rule", ["simota", "dynamic_soft_label", "task_aligned", "ota", "hungarian", "fcos, keep_one: true"]
+)
+def test_every_rule_trains(config: Load, tmp_path: Path, rule: str) -> None:
+    train(config(f"assigner={{type: {rule}}}", "train.length={steps: 2}"))
+    rows = [r for r in lines(tmp_path / "run") if r["kind"] == "train"]
+    assert len(rows) == 2
+    for row in rows:
+        assert all(math.isfinite(row[f"loss/{name}"]) and row[f"loss/{name}"] > 0 for name in ("class", "box"))
+        assert row["dense/positives_per_object/all"] > 0
 
 
 def test_a_rule_that_never_comes_is_noted(config: Load, capsys: pytest.CaptureFixture[str]) -> None:

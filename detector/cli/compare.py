@@ -1,0 +1,68 @@
+"""`detector-compare`: runs a study and says which differences are real."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from detector.cli.common import OTHER, SUCCESS, run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="compare",
+        description="Run every cell (arm x seed x data set) of a study, then compare the arms: tables, verdicts and a"
+        " report. What is finished is not run again; what was interrupted goes on.",
+        epilog="OUT/report.html is the report; tables.md, tables.tex, cells.csv and summary.json lie beside it. Exit"
+        " code: 0 all cells finished, 1 some are not, 2 a mistake in what was asked for.",
+    )
+    parser.add_argument("study", type=Path, help="a study file, such as configs/studies/quick.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the study, such as seeds=[0,1,2,3,4]")
+    parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: the study's `jobs`)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study (default: runs/studies/<name>)")
+    parser.add_argument("--report-only", action="store_true", help="run nothing; say what the finished cells show")
+    parser.add_argument("--retry", action="store_true", help="also run again what has diverged")
+    options = parser.parse_intermixed_args(arguments)
+    if options.jobs is not None and options.jobs < 1:
+        parser.error("--jobs: expected at least 1")
+    return run_command(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from detector.files import write_whole
+    from detector.lab.grid import cells, differences
+    from detector.lab.lock import locked
+    from detector.lab.report import report
+    from detector.lab.run import Runner, standing, task_of
+    from detector.lab.study import load_study
+    from detector.lab.summary import summarise
+    from detector.lab.tables import files, rich, scores_table, verdict_table
+    from detector.train.device import count_gpus
+
+    study = load_study(options.study, options.overrides)
+    out = options.out or Path("runs") / "studies" / study.name
+    grid = cells(study, out.resolve())
+    changed = differences(study, grid)
+    for difference in changed:
+        if not difference.announced:
+            print(f"note: arms differ in more than they say: {difference}", flush=True)
+    stopped = None
+    if not options.report_only:
+        runner = Runner(study, options.jobs or study.jobs, lambda text: print(text, flush=True), count_gpus())
+        with locked(out):
+            stopped = runner(grid, options.retry)
+    summary = summarise(study, [standing(cell, task_of(study)) for cell in grid], changed)
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)
+    for table in (scores_table(summary), verdict_table(summary)):
+        if table.rows:
+            console.print(rich(table))
+    for note in summary.notes():
+        print(f"note: {note}")
+    for name, text in files(summary).items():
+        write_whole(out / name, text.encode())
+    write_whole(out / "report.html", report(summary).encode())
+    print(f"{out / 'report.html'}: the report; tables.md, tables.tex, cells.csv and summary.json beside it")
+    return SUCCESS if not summary.unfinished and stopped is None else OTHER

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detector.assign.base import from_index
+from detector.assign.base import constant, from_index
 from detector.structures import BACKGROUND, Assignment, Grid, Objects, Priors
 
 NOBODY = torch.iinfo(torch.int64).max
@@ -261,6 +261,18 @@ def _nearest_of_all(priors: Priors, centers: Tensor, k: int, measure: Measure) -
     return Candidates(prior, priors.centers[prior], box[..., 2:] - box[..., :2])
 
 
+def every_prior(grids: tuple[Grid, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centre x, y, width and height of all priors, (R,) each, exactly as `cells_near` and `Kinds` have them."""
+    levels = []
+    for g in grids:
+        x = ((torch.arange(g.width, device=device) + g.offset) * g.stride)[None, :, None]
+        y = ((torch.arange(g.height, device=device) + g.offset) * g.stride)[:, None, None]
+        w, h = (constant(side, torch.float32, device) for side in zip(*g.shapes, strict=True))
+        levels.append([t.expand(g.height, g.width, len(g.shapes)).reshape(-1) for t in (x, y, w, h)])
+    x, y, w, h = (torch.cat(parts) for parts in zip(*levels, strict=True))
+    return x, y, w, h
+
+
 def iou_from(gap: Tensor, size: Tensor, other: Tensor) -> Tensor:
     """IoU of boxes from the distance of their centres and their sizes, each (..., 2) x, y in pixels.
 
@@ -298,6 +310,7 @@ class Owners:
 
     def __init__(self, priors: Priors, objects: Objects, each: int, dtype: torch.dtype = torch.float32) -> None:
         self.shape = (objects.batch_size, len(priors))
+        self.image = objects.image  # (N,)
         self.start = objects.image * len(priors)  # (N,)
         count, device = objects.batch_size * len(priors), priors.boxes.device
         self.score = torch.full((count,), -torch.inf, dtype=dtype, device=device)  # (B * R,)
@@ -319,6 +332,22 @@ class Owners:
         self.object.scatter_reduce_(0, flat, owner.where(valid & (score == best), NOBODY), "amin")
         if self._offered is not None:
             self._offered.append(Pairs(flat, owner, valid))
+
+    def offer_rows(self, part: slice, score: Tensor, valid: Tensor) -> None:
+        """The objects of `part` ask for all priors of their image in order, (n, R): as `offer`, by whole rows."""
+        image = self.image[part]
+        index, owner = (
+            image[:, None].expand_as(score),
+            torch.arange(part.start, part.stop, device=score.device)[:, None],
+        )
+        score = score.where(valid, -torch.inf)
+        table, objects = self.score.view(self.shape), self.object.view(self.shape)
+        before = table[image]
+        table.scatter_reduce_(0, index, score, "amax")
+        best = table[image]
+        objects.scatter_reduce_(0, index, torch.where(best > before, NOBODY, -1), "amax")
+        objects.scatter_reduce_(0, index, owner.where(valid & (score == best), NOBODY), "amin")
+        self._offered = None
 
     def index(self) -> Tensor:
         """(B, R): the object that owns each prior, or BACKGROUND."""

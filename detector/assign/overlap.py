@@ -20,6 +20,7 @@ from detector.assign.geometry import (
     Owners,
     Pairs,
     cells_near,
+    every_prior,
     iou_from,
     iou_xy,
     kinds,
@@ -91,17 +92,23 @@ class MaxIou(Assigner):
         each = most * window.cells
         regular = Owners(priors, objects, each)
         best = None if self.low_quality == "none" else Owners(priors, objects, 4 * len(table))
-        for part in chunks(len(objects), max(each, 4 * len(table))):
+        every = every_prior(priors.grids, device) if each >= len(priors) else None  # windows would be larger
+        for part in chunks(len(objects), max(min(each, len(priors)), 4 * len(table))):
             centers = objects.centers[part]
             size = objects.boxes[part, 2:] - objects.boxes[part, :2]
             cell, gap = nearest_cell(table, centers)
             highest = iou_from(gap.float(), table.size, size[:, None])  # (n, S)
-            chosen = highest.topk(most, 1).indices
-            prior, x, y, valid = cells_near(table, window, centers, chosen)
-            cx, cy, w, h = (t[:, None, None] for t in torch.cat([centers, size], 1).unbind(1))
-            own = table.size[chosen][..., None, :]
-            iou = iou_xy(x - cx, y - cy, own[..., 0], own[..., 1], w, h)
-            regular.offer(part, prior, iou, valid & (iou >= self.negative_iou))
+            cx, cy, w, h = (t[:, None] for t in torch.cat([centers, size], 1).unbind(1))
+            if every is not None:
+                iou = iou_xy(every[0] - cx, every[1] - cy, every[2], every[3], w, h)
+                regular.offer_rows(part, iou, iou >= self.negative_iou)
+            else:
+                chosen = highest.topk(most, 1).indices
+                prior, x, y, valid = cells_near(table, window, centers, chosen)
+                own = table.size[chosen][..., None, :]
+                x, y = x - cx[..., None], y - cy[..., None]
+                iou = iou_xy(x, y, own[..., 0], own[..., 1], w[..., None], h[..., None])
+                regular.offer(part, prior, iou, valid & (iou >= self.negative_iou))
             if best is not None:
                 prior, exists = _equally_near(table, cell, gap)
                 highest, away = highest[..., None], gap.square().sum(-1)[..., None]

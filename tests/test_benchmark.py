@@ -177,6 +177,7 @@ def test_command_writes_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[st
     content = json.loads((tmp_path / "out.json").read_text())
     assert set(content) == {"machine", "quick", "load"}
     assert len(content["load"]["numbers"]["seconds"]["bare"]) == 2
+    assert content["load"]["numbers"]["index"]["mebibytes"] > 10
     assert content["load"]["targets"] == []
     assert "## Data loading" in capsys.readouterr().out
 

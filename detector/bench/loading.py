@@ -1,10 +1,11 @@
-"""The loader against nothing but decoding the same files."""
+"""The loader against nothing but decoding the same files; reading a large annotation file."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 import torch
 
+from detector.bench import indexing
 from detector.bench.measure import Table, Target, take_turns
 from detector.data.coco import CocoData, CocoIndex
 from detector.data.loader import train_loader
@@ -63,13 +65,29 @@ def run(device: torch.device, quick: bool) -> Table:
             (label, f"{count / times.median(label):.0f}", f"{shares[label]:.2f} ({times.spread('bare', label)})")
         )
     label = SIZINGS[0][0]
+    images, boxes = (120, 860) if quick else (indexing.IMAGES, indexing.BOXES)
+    reading = indexing.measure(images, boxes)
+    what = f"reading an annotation file of {images:,} images and {boxes:,} boxes"
+    rows.append((what, f"{reading.seconds:.1f} s, {reading.mebibytes:.0f} MiB", ""))
     return Table(
         title="Data loading",
-        method=METHOD.format(images=count, size=size, objects=OBJECTS, batch=BATCH, turns=turns),
+        method=METHOD.format(images=count, size=size, objects=OBJECTS, batch=BATCH, turns=turns)
+        + f"  The annotation file ({reading.file_megabytes:.0f} MB) is generated and read once in a process of its"
+        " own, whose peak memory is given; workers share what was read.  Its seconds on the processor:"
+        f" {reading.busy_seconds:.1f}.",
         columns=("what", "images a second", "share of bare decoding's throughput"),
         rows=rows,
-        targets=[Target(f"flip, colour, {label}: share of bare decoding", shares[label], LEAST_SHARE, False)],
-        numbers={"seconds": times.seconds, "images": count, "shares": shares},
+        targets=[
+            Target(f"flip, colour, {label}: share of bare decoding", shares[label], LEAST_SHARE, False),
+            Target(f"{what}: time", reading.seconds, indexing.MOST_SECONDS, True, " s"),
+            Target(f"{what}: memory", reading.mebibytes, indexing.MOST_MEGABYTES, True, " MiB"),
+        ],
+        numbers={
+            "seconds": times.seconds,
+            "images": count,
+            "shares": shares,
+            "index": asdict(reading),
+        },
     )
 
 

@@ -50,9 +50,9 @@ def check_flat(data: CocoData, resize: ShortEdge) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_flat_over_the_epochs(tmp_path: Path) -> None:
-    ensure(tmp_path / "set", ShapeSet("plain", 4 * BATCH, (120, 160), seed=1))
+    ensure(tmp_path / "set", ShapeSet("plain", 4 * BATCH, (240, 320), seed=1))
     data = CocoData(CocoIndex.load(tmp_path / "set" / "annotations.json", tmp_path / "set" / "images"))
-    check_flat(data, ShortEdge(short=240, long=320))
+    check_flat(data, ShortEdge(short=360, long=480))
 
 
 @pytest.mark.slow

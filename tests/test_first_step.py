@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detector.config.load import load_config
-from detector.losses.classification import expected_initial_loss
+from detector.losses.initial import expected_initial_loss
 from detector.models.priors import Anchors
 from detector.structures import Objects
 

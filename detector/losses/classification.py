@@ -15,7 +15,6 @@ out together for "everything is background", in blocks that stay in the cache, a
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -126,16 +125,6 @@ class Bce(ClassLoss):
     @property
     def curve(self) -> Curve:
         return Curve(smoothing=self.label_smoothing)
-
-
-def expected_initial_loss(loss: ClassLoss, prior_probability: float, positives: float, negatives: float) -> float:
-    """Closed form of the class loss's sum before training, when every logit says `prior_probability`.
-
-    `positives` and `negatives` count logits (not priors).  A head initialised with that bias must begin near it.
-    """
-    logit = torch.full((2,), math.log(prior_probability / (1 - prior_probability)), dtype=torch.float64)
-    positive, negative = loss.each(logit, torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
-    return float(loss.weight * (positives * positive + negatives * negative))
 
 
 def _background(x: Tensor, weight: Tensor, curve: Curve, slope: Tensor | None) -> Tensor:

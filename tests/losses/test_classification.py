@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-from detector.losses.classification import Bce, ClassLoss, Focal, expected_initial_loss
+from detector.losses.classification import Bce, ClassLoss, Focal
+from detector.losses.initial import expected_initial_loss
 from detector.losses.soft import QualityFocal, Varifocal
 from detector.losses.targets import ClassTargets, class_targets
 from detector.structures import Assignment

@@ -215,30 +215,6 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What a box head of a two-stage model says about its sample of proposals, and what these should learn."""
-
-    outputs: (
-        Outputs  # priors: the S sampled proposals of each image.  Class logits as the head gives them, (B, S, K + 1)
-    )
-    assignment: Assignment  # of those proposals; padding is `ignored`
-
-
-@dataclass(frozen=True)
-class TwoStageOutputs:
-    """What a two-stage model says about a batch whose truth it was given; a graph hangs on it."""
-
-    rpn: Outputs  # of one class
-    stages: tuple[Stage, ...]
-
-    def priors_of(self, assignment: str) -> Priors:
-        """What the assignment of this name labels: "rpn", "stage_1", "stage_2", ..."""
-        if assignment == "rpn":
-            return self.rpn.priors
-        return self.stages[int(assignment.removeprefix("stage_")) - 1].outputs.priors
-
-
-@dataclass(frozen=True)
 class Losses:
     """Sums over the batch before division, and the one number that divides them all."""
 

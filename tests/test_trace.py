@@ -54,7 +54,7 @@ def test_a_step_can_be_read(recipe: str, tmp_path: Path) -> None:
         set_lr(optimizer, 1.0)
         result = stepper([batch], ema)
     assert all(torch.isfinite(value) for value in result.terms.values())
-    names = "\n".join(sorted(str(f.relative_to(PACKAGE)) for f in step.files))
+    names = "\n".join(f"{len(f.read_text().splitlines()):4} {f.relative_to(PACKAGE)}" for f in sorted(step.files))
     lines = sum(len(f.read_text().splitlines()) for f in step.files)
     assert lines <= 3000, f"{lines} lines in\n{names}"
     assert len(step.files | reading.files) <= 30, names

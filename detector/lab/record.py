@@ -21,7 +21,8 @@ from detector.evaluate.truth import Truth, lookup
 from detector.lab.survey import flips, metrics, survey
 from detector.lab.treatment import Treatment, concatenate, treat
 from detector.models.layers import autocast
-from detector.structures import Assignment, Outputs, TwoStageOutputs
+from detector.models.stages import TwoStageOutputs
+from detector.structures import Assignment, Outputs
 from detector.train.checkpoint import check_classes, load_checkpoint
 from detector.train.device import find_device
 from detector.train.folder import RunFiles

@@ -27,7 +27,8 @@ from detector.losses.base import CriterionConfig
 from detector.losses.classification import Bce, ClassLoss, Focal
 from detector.losses.regression import L1
 from detector.losses.targets import ClassTargets, Pairs, class_targets
-from detector.structures import Assignment, Losses, Objects, Outputs, Stage, TwoStageOutputs
+from detector.models.stages import Stage, TwoStageOutputs
+from detector.structures import Assignment, Losses, Objects, Outputs
 
 if TYPE_CHECKING:
     from detector.assign.base import Assigner

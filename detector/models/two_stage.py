@@ -26,7 +26,8 @@ from detector.models.fpn import Fpn, FpnConfig
 from detector.models.roi import Align, AnyRoi, RoiExtractor
 from detector.models.roi_head import BoxHead, BoxHeadConfig, class_losses, scores_as_logits
 from detector.models.rpn import Proposals, Rpn, RpnConfig
-from detector.structures import Assignment, Objects, Outputs, Priors, Stage, TwoStageOutputs
+from detector.models.stages import Stage, TwoStageOutputs
+from detector.structures import Assignment, Objects, Outputs, Priors
 
 
 class StageRules(Node):

@@ -19,7 +19,8 @@ from detector.errors import ConfigError
 from detector.losses.classification import Bce, Focal
 from detector.losses.regression import L1, Giou, SmoothL1
 from detector.losses.two_stage import CrossEntropy, RpnLossConfig, TwoStageCriterionConfig, box_sum
-from detector.structures import Assignment, Objects, Outputs, Priors, Stage, TwoStageOutputs
+from detector.models.stages import Stage, TwoStageOutputs
+from detector.structures import Assignment, Objects, Outputs, Priors
 from tests.assign.test_guarantees import NeverWaits
 
 from .heads import given, some_objects, some_outputs

@@ -17,8 +17,9 @@ from detector.decode import DecodeConfig, decode
 from detector.losses.two_stage import TwoStageCriterionConfig
 from detector.models.cascade import CascadeConfig, CascadeStage
 from detector.models.fold import fold_batch_norm
+from detector.models.stages import TwoStageOutputs
 from detector.models.two_stage import TwoStageConfig, TwoStageDetector, compact
-from detector.structures import IGNORED, Assignment, Objects, TwoStageOutputs
+from detector.structures import IGNORED, Assignment, Objects
 
 LIGHT: dict[str, Any] = {
     "backbone": {"name": "resnet18", "levels": [2, 3, 4, 5]},

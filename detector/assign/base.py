@@ -48,9 +48,8 @@ class Assigner(Node):
     shares: ClassVar[bool] = False  # True: a prior may learn several objects
     takes_proposals: ClassVar[bool] = False  # `assign` knows priors that differ by image; if not, images go one by one
 
-    crowd_coverage: float = Field(
-        default=0.5, ge=0, le=1
-    )  # a prior with more of its area in one crowd region is ignored
+    # A prior with more of its own area in one crowd region is ignored.
+    crowd_coverage: float = Field(default=0.5, ge=0, le=1)
     keep_one: bool = Field(default=False, description="give objects left without a prior the best one near (keep.py)")
 
     def __call__(self, priors: Priors, objects: Objects, predictions: Predictions | None = None) -> Assignment:
@@ -101,11 +100,10 @@ class Assigner(Node):
         parts = []
         for i in range(objects.batch_size):
             mine = (objects.image == i).nonzero().squeeze(1)
+            said = None if predictions is None else predictions.select_image(i)
             if not len(mine):
-                said = None if predictions is None else predictions.select_image(i)
                 parts.append(self.without_objects(priors, objects.select_image(i), said))
                 continue
-            said = None if predictions is None else predictions.select_image(i)
             single = self.assign_image if type(self).assign is Assigner.assign else self.assign
             one = single(priors.select_image(i), objects.select_image(i), said)
             parts.append(replace(one, prior=one.prior + i * len(priors), object=mine[one.object]))

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import cv2
@@ -296,11 +299,22 @@ def _start_worker(_: int) -> None:
 
     A worker that gets a SIGTERM (schedulers send it to every process) leaves quietly: torch would otherwise raise in
     the middle of the main process's last step.
+
+    A worker ends with the main process, also with one that is killed.  Torch's own watch looks at the parent's id,
+    which is that of a third process where workers come from a fork server (Python's default on Linux from 3.14 on).
     """
     cv2.setNumThreads(0)
+    main = multiprocessing.parent_process()
+    if main is not None:
+        threading.Thread(target=_end_with, args=(main,), daemon=True).start()
     _keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def _end_with(process: BaseProcess) -> None:
+    process.join()
+    os._exit(0)
 
 
 def _keep_memory() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -276,3 +279,51 @@ def test_flip_and_color_give_the_same_on_either_side_of_the_resize(data: CocoDat
         assert torch.allclose(late.objects.boxes, early.objects.boxes, atol=1e-4)
         assert torch.allclose(late.scale, early.scale)
         assert (late.images.int() - early.images.int()).abs().max() <= 3
+
+
+ORPHANS = """
+import multiprocessing, sys, time
+from pathlib import Path
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    from detector.data.coco import CocoData, CocoIndex
+    from detector.data.loader import eval_loader
+    from detector.data.resize import ShortEdge
+
+    data = CocoData(CocoIndex.load(Path(sys.argv[2]), Path(sys.argv[3])))
+    loader = eval_loader(data, resize=ShortEdge(short=64, long=96), batch_size=1, workers=2)
+    batches = iter(loader)
+    next(batches)
+    print(*(worker.pid for worker in loader._loader._iterator._workers), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_workers_end_with_a_main_process_that_is_killed(start: str, data: CocoData, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS)
+    main = subprocess.Popen(
+        [sys.executable, str(script), start, str(data.index.annotations), str(data.index.images)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert main.stdout is not None
+    workers = [int(pid) for pid in main.stdout.readline().split()]
+    assert len(workers) == 2
+    main.kill()
+    main.wait()
+    deadline = time.monotonic() + 60
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlives its main process"
+        time.sleep(0.1)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process is there, and not only waiting to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -5,6 +5,7 @@ Legend: P pairs, K classes, Q rows of the table (all priors of the batch).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 import torch
@@ -37,13 +38,13 @@ class PairLoss(Node):
             return loss + self.box_weight * (1 - pairwise_giou(said[row], boxes))
         return loss - self.box_weight * pairwise_iou(said[row], boxes).clamp(min=1e-6).log()
 
+    @abstractmethod
     def present(self, logits: Tensor) -> Tensor:
         """Loss of a logit whose class is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def absent(self, logits: Tensor) -> Tensor:
         """Loss of a logit whose class is not."""
-        raise NotImplementedError
 
 
 class FocalPairLoss(PairLoss):

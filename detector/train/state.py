@@ -64,7 +64,8 @@ class TrainingState:
             criterion = config.criterion.build(config.assigner, len(index.classes))
             module = TrainingModule(model, criterion, settings.precision)
         drawn.again(module.named_parameters(), config.seed)
-        # The order that convolutions are fastest in: on GPUs in half precision, on CPUs with AVX-512.
+        # The order that convolutions are fastest in: on GPUs in half precision, on CPUs with AVX-512.  Only now, since
+        # weights that move into new memory while `drawn` watches would not be known to it any more.
         module = module.to(device).to(memory_format=torch.channels_last).train()
         return cls(
             config=config,

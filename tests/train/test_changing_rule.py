@@ -56,9 +56,11 @@ def test_stop_and_go_changes_nothing(config: Load, tmp_path: Path, monkeypatch: 
     assert straight["criterion"].keys() == {"normalizer.average"}  # the rule is in no checkpoint's state
 
 
-@pytest.mark.parametrize(
-    "rule", ["simota", "dynamic_soft_label", "task_aligned", "ota", "hungarian", "fcos, keep_one: true"]
-)
+PREDICTED = ["simota", "dynamic_soft_label", "task_aligned", "ota", "hungarian", "fcos, keep_one: true"]
+OTHERS = ["yolo_ratio", "yolo_best", "uniform", "point_scale", "center_gaussian", "center_region", "paa", "dw"]
+
+
+@pytest.mark.parametrize("rule", [*PREDICTED, *OTHERS])
 def test_every_rule_trains(config: Load, tmp_path: Path, rule: str) -> None:
     train(config(f"assigner={{type: {rule}}}", "train.length={steps: 2}"))
     rows = [r for r in lines(tmp_path / "run") if r["kind"] == "train"]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from detector.bench.loading import make_images
-from detector.bench.measure import Table, Target, Times, take_turns
+from detector.bench.measure import Table, Target, Times, one_cv2_thread, take_turns
 from detector.data.coco import CocoData, CocoIndex
 from detector.data.copy_paste import CopyPaste
 from detector.data.loader import TrainSource
@@ -52,13 +52,8 @@ METHOD = (
 
 def run(device: torch.device, quick: bool) -> Table:
     count, turns = (8, 2) if quick else (48, 9)
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            return _measure(Path(name), count, turns)
-    finally:
-        cv2.setNumThreads(threads)
+    with one_cv2_thread(), tempfile.TemporaryDirectory() as name:
+        return _measure(Path(name), count, turns)
 
 
 def _measure(folder: Path, count: int, turns: int) -> Table:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from detector.bench import indexing
-from detector.bench.measure import Table, Target, take_turns
+from detector.bench.measure import Table, Target, one_cv2_thread, take_turns
 from detector.data.coco import CocoData, CocoIndex
 from detector.data.loader import train_loader
 from detector.data.resize import Letterbox, ShortEdge, Sizing
@@ -41,22 +41,17 @@ METHOD = (
 
 def run(device: torch.device, quick: bool) -> Table:
     count, turns = (8, 2) if quick else (64, 15)
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            data = make_images(Path(name), count)
-            paths = [str(data.index.image_path(i)) for i in range(count)]
-            size = sum(Path(path).stat().st_size for path in paths) / count / 1e3
+    with one_cv2_thread(), tempfile.TemporaryDirectory() as name:
+        data = make_images(Path(name), count)
+        paths = [str(data.index.image_path(i)) for i in range(count)]
+        size = sum(Path(path).stat().st_size for path in paths) / count / 1e3
 
-            def bare() -> None:
-                for path in paths:
-                    cv2.imread(path, cv2.IMREAD_COLOR)
+        def bare() -> None:
+            for path in paths:
+                cv2.imread(path, cv2.IMREAD_COLOR)
 
-            candidates = {"bare": bare} | {label: _loading(data, sizing) for label, sizing in SIZINGS}
-            times = take_turns(candidates, torch.device("cpu"), turns=turns)
-    finally:
-        cv2.setNumThreads(threads)
+        candidates = {"bare": bare} | {label: _loading(data, sizing) for label, sizing in SIZINGS}
+        times = take_turns(candidates, torch.device("cpu"), turns=turns)
     rows: list[tuple[str, ...]] = [("bare decoding", f"{count / times.median('bare'):.0f}", "")]
     shares = {}
     for label, _ in SIZINGS:

@@ -13,11 +13,13 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import cv2
 import torch
 
 Call = Callable[[], object]
@@ -74,6 +76,17 @@ def take_turns(
         if time.perf_counter() - start > patience:
             break
     return Times(seconds)
+
+
+@contextmanager
+def one_cv2_thread() -> Iterator[None]:
+    """OpenCV on one core, as in a data worker."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def _seconds(call: Call, device: torch.device) -> float:

@@ -20,6 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the study, such as seeds=[0,1,2,3,4]")
     parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: the study's `jobs`)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study (default: runs/studies/<name>)")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="a folder to go into a repository: holds finished cells without their weights, and the tables; what it"
+        " holds at the start is not run again",
+    )
     parser.add_argument("--report-only", action="store_true", help="run nothing; say what the finished cells show")
     parser.add_argument("--retry", action="store_true", help="also run again what has diverged")
     options = parser.parse_intermixed_args(arguments)
@@ -33,6 +40,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from detector.files import write_whole
     from detector.lab.grid import cells, differences
+    from detector.lab.keep import keep, take
     from detector.lab.lock import locked
     from detector.lab.report import report
     from detector.lab.run import Runner, standing, task_of
@@ -48,6 +56,8 @@ def _run(options: argparse.Namespace) -> int:
     for difference in changed:
         if not difference.announced:
             print(f"note: arms differ in more than they say: {difference}", flush=True)
+    if options.keep is not None:
+        print(f"{options.keep}: {take(grid, options.keep)} cells taken over", flush=True)
     stopped = None
     if not options.report_only:
         runner = Runner(study, options.jobs or study.jobs, lambda text: print(text, flush=True), count_gpus())
@@ -63,6 +73,11 @@ def _run(options: argparse.Namespace) -> int:
         print(f"note: {note}")
     for name, text in files(summary).items():
         write_whole(out / name, text.encode())
+    if options.keep is not None:
+        new = keep([s.cell for s in summary.finished], options.keep)
+        for name in ("tables.md", "cells.csv"):
+            write_whole(options.keep / name, files(summary)[name].encode())
+        print(f"{options.keep}: {new} more cells, and the tables, kept")
     write_whole(out / "report.html", report(summary).encode())
     print(f"{out / 'report.html'}: the report; tables.md, tables.tex, cells.csv and summary.json beside it")
     return SUCCESS if not summary.unfinished and stopped is None else OTHER

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ MAX_DETS = 100
 # Where things are and how fast they go: may change between two calls without making it another run.
 FREE = ("name", "run", "imports", "data.root", "data.workers", "data.max_unreadable", "train.device", "train.threads",
         "train.log_every", "train.save_every", "train.pictures", "train.probe")  # fmt: skip
+
+WEIGHTS = "model.backbone.weights"
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,12 @@ class Cell:
         return self.folder / "failure.json"
 
     def identity(self) -> dict[str, Any]:
-        """What makes it this run: the configuration, but for places and speed."""
-        return {k: v for k, v in flat(self.config.model_dump(mode="json")).items() if not below(k, FREE)}
+        """What makes it this run: the configuration, but for places and speed; of a file of weights what it holds."""
+        found = {k: v for k, v in flat(self.config.model_dump(mode="json")).items() if not below(k, FREE)}
+        weights = found.get(WEIGHTS)
+        if weights is not None and Path(weights).is_file():
+            found[WEIGHTS] = f"sha256 {_digest(Path(weights), Path(weights).stat().st_mtime_ns)}"
+        return found
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ def cells(study: StudyConfig, out: Path) -> list[Cell]:
     Raises:
         ConfigError: names the arm or data set at fault; one line for each mistake.
     """
-    found, wrong = [], []
+    found = []
+    wrong: dict[str, list[str]] = {}
     for seed in study.seeds:
         for dataset in study.datasets:
             for arm in study.arms:
@@ -85,9 +94,17 @@ def cells(study: StudyConfig, out: Path) -> list[Cell]:
                 try:
                     found.append(Cell(arm, dataset, seed, resolve(study, arm, dataset, seed, folder / "run"), folder))
                 except ConfigError as error:
-                    wrong += [f"arms.{arm} on datasets.{dataset}: {_bare(line)}" for line in str(error).splitlines()]
+                    for line in str(error).splitlines():
+                        wrong.setdefault(_bare(line), []).append(f"arms.{arm} on datasets.{dataset}")
     if wrong:
-        raise ConfigError("\n".join(dict.fromkeys(wrong)))
+        whole = len(study.seeds) * len(study.datasets) * len(study.arms)
+        raise ConfigError(
+            "\n".join(
+                f"{where}: {line}"
+                for line, places in wrong.items()
+                for where in (["every arm on every data set"] if len(places) == whole > 1 else dict.fromkeys(places))
+            )
+        )
     return found
 
 
@@ -136,6 +153,12 @@ def differences(study: StudyConfig, grid: list[Cell]) -> list[Difference]:
 def settings_text(cell: Cell) -> str:
     """The configuration as JSON, which is YAML too: what the cell's process is given."""
     return json.dumps(cell.config.model_dump(mode="json"), indent=1) + "\n"
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, _changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bare(line: str) -> str:

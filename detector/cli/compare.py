@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
     from detector.lab.grid import cells, differences
     from detector.lab.keep import keep, take
     from detector.lab.lock import locked
-    from detector.lab.report import report
+    from detector.lab.report import report, small_pictures
     from detector.lab.run import Runner, standing, task_of
     from detector.lab.study import load_study
     from detector.lab.summary import summarise
@@ -75,8 +75,9 @@ def _run(options: argparse.Namespace) -> int:
         write_whole(out / name, text.encode())
     if options.keep is not None:
         new = keep([s.cell for s in summary.finished], options.keep)
-        for name in ("tables.md", "cells.csv"):
-            write_whole(options.keep / name, files(summary)[name].encode())
+        kept = {name: files(summary)[name] for name in ("tables.md", "cells.csv")}
+        for name, text in {**kept, **small_pictures(summary)}.items():
+            write_whole(options.keep / name, text.encode())
         print(f"{options.keep}: {new} more cells, and the tables, kept")
     write_whole(out / "report.html", report(summary).encode())
     print(f"{out / 'report.html'}: the report; tables.md, tables.tex, cells.csv and summary.json beside it")

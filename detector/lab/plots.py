@@ -40,7 +40,7 @@ def differences(rows: Sequence[tuple[str, Comparison]], metric: str, reference: 
     axes.axvline(0, color="0.3", linewidth=1)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
-    axes.set_xlabel(f"{metric} minus that of {reference}, points of 100; grey: smaller than the study can see")
+    axes.set_xlabel(f"{metric} minus that of {reference}, points of 100\ngrey: smaller than the study can see")
     return _svg(figure)
 
 
@@ -100,6 +100,26 @@ def radar(groups: Mapping[str, Mapping[str, Spread]], arms: Sequence[str], facto
     axes.set_xticks(angles, names)
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def heat(groups: Mapping[str, Mapping[str, Spread]], arms: Sequence[str], factor: float = 100.0) -> str:
+    """A profile of many arms: a row each, a column for each data set, shaded from the column's least to its most."""
+    values = np.array([[factor * g[a].mean if a in g else np.nan for g in groups.values()] for a in arms])
+    known = np.where(np.isnan(values).all(0), 0.0, values)
+    low, high = np.nanmin(known, axis=0), np.nanmax(known, axis=0)
+    shade = (values - low) / np.where(high > low, high - low, 1)
+    figure, axes = _figure(1.6 + 0.85 * len(groups), 0.7 + 0.3 * len(arms))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.imshow(np.ma.masked_invalid(shade), cmap="cividis", vmin=-0.3, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = shade[row, column] < 0.45
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=9,
+                      color="white" if dark else "black")  # fmt: skip
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_yticks(range(len(arms)), list(arms))
     return _svg(figure)
 
 

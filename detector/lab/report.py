@@ -21,6 +21,7 @@ from detector.train.folder import RunFiles
 TEMPLATE = Path(__file__).with_name("report.html")
 MOST_CLASSES = 12
 PROFILE_FROM = 3  # data sets
+OUTLINES = 6  # more arms than these are a tangle
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ def report(summary: Summary) -> str:
         misses=misses,
         differences=_differences(summary),
     )
+
+
+def small_pictures(summary: Summary) -> dict[str, str]:
+    """File name -> SVG of what the study comes to: the profile over data sets, or the first metric's differences."""
+    profile = _profile(summary)
+    if profile:
+        return {"profile.svg": profile[0].svg}
+    differences = _verdict_plots(summary)
+    return {"differences.svg": differences[0].svg} if differences else {}
 
 
 def _verdict_plots(summary: Summary) -> list[Plot]:
@@ -133,8 +143,10 @@ def _profile(summary: Summary) -> list[Plot]:
     groups = {d: values for d, values in groups.items() if values}
     if len(groups) < PROFILE_FROM:
         return []
+    arms = [a for a in summary.study.arms if any(a in values for values in groups.values())]
+    drawn = plots.radar(groups, arms) if len(arms) <= OUTLINES else plots.heat(groups, arms)
     return [
-        Plot(plots.radar(groups, list(summary.study.arms)), f"Profile: mean {metric} on each data set, points of 100."),
+        Plot(drawn, f"Profile: mean {metric} on each data set, points of 100."),
         Plot(
             plots.bars(groups, list(summary.study.arms), f"{metric}, points of 100", 100),
             "The same with the deviation over seeds.",

@@ -21,7 +21,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_every_name_is_there() -> None:
-    for svg in (plots.bars(GROUPS, ARMS, "AP", 100), plots.radar(GROUPS, ARMS)):
+    for svg in (plots.bars(GROUPS, ARMS, "AP", 100), plots.radar(GROUPS, ARMS), plots.heat(GROUPS, ARMS)):
         found = texts(svg)
         for name in (*ARMS, *GROUPS):
             assert name in found
@@ -34,6 +34,12 @@ def test_differences_with_and_without_an_interval() -> None:
     many = judge([Estimate(0.05, 1e-4, 1e-6, 5, 500), Estimate(0.0, 0.0, 0.0, 5, 500), single])
     found = texts(plots.differences([(f"arm {i}", c) for i, c in enumerate(many)], "AP", "atss"))
     assert {"arm 0", "arm 1", "arm 2"} <= set(found)
+
+
+def test_a_heat_map_shades_column_by_column() -> None:
+    found = texts(plots.heat({"a": {"x": Spread(0.1, 0, 1), "y": Spread(0.3, 0, 1)}, "b": {"x": Spread(0.5, 0, 1)},
+                              "c": {}}, ["x", "y"]))  # fmt: skip
+    assert [t for t in found if t[0].isdigit()] == ["10.0", "50.0", "30.0"]
 
 
 def test_two_plots_on_a_page_share_no_ids() -> None:

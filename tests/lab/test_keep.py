@@ -1,0 +1,112 @@
+"""A study that goes on from what a repository keeps of it."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from detector.evaluate.matches import Matches
+from detector.lab.grid import cells
+from detector.lab.study import load_study
+from detector.lab.treatment import Treatment
+from tests.lab.conftest import Place
+
+Copy = Callable[[], Place]
+
+
+@pytest.fixture
+def kept(copy: Copy, tmp_path: Path) -> tuple[Place, Path]:
+    here, folder = copy(), tmp_path / "kept"
+    assert here.compare("--report-only", "--keep", str(folder)) == 0
+    return here, folder
+
+
+def test_kept_cells_say_the_same(kept: tuple[Place, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Elsewhere nothing is run again, and every number is the same; only pictures need weights."""
+    here, folder = kept
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".zip", ".md", ".csv", ".svg"}
+    before = {name: (here.out / name).read_bytes() for name in ("tables.md", "cells.csv", "tables.tex")}
+    matches = Matches.load(here.cell("two", 1) / "matches.npz")
+    treatment = Treatment.load(here.cell("two", 1) / "treatment.npz")
+    shutil.rmtree(here.out)
+    capsys.readouterr()
+    assert here.compare("--keep", str(folder)) == 0
+    said = capsys.readouterr().out
+    assert "4 cells taken over" in said
+    assert "4 cells: 4 finished, 0 to run" in said
+    assert "0 more cells" in said
+    for name, content in before.items():
+        assert (here.out / name).read_bytes() == content
+    again = Matches.load(here.cell("two", 1) / "matches.npz")
+    for name, value in vars(matches).items():
+        np.testing.assert_array_equal(value, getattr(again, name))
+    for name, value in vars(treatment).items():
+        np.testing.assert_array_equal(value, getattr(Treatment.load(here.cell("two", 1) / "treatment.npz"), name))
+    assert not (here.cell("two", 1) / "run").exists()
+    assert "no pictures" in (here.out / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_is_missing_is_run(kept: tuple[Place, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    here, folder = kept
+    (folder / "cells" / "data" / "two" / "seed-1.zip").unlink()
+    shutil.rmtree(here.out)
+    capsys.readouterr()
+    assert here.compare("--keep", str(folder)) == 0
+    said = capsys.readouterr().out
+    assert "3 cells taken over" in said
+    assert "4 cells: 3 finished, 1 to run" in said
+    assert "1 more cells" in said
+    assert (folder / "cells" / "data" / "two" / "seed-1.zip").is_file()
+
+
+def test_another_configuration_is_not_counted(kept: tuple[Place, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    here, folder = kept
+    shutil.rmtree(here.out)
+    here.change("resamples", "common: {train.clip_norm: 3}\nresamples")
+    assert here.compare("--keep", str(folder)) == 2
+    assert "was run with another configuration: train.clip_norm" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_named(kept: tuple[Place, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    here, folder = kept
+    broken = folder / "cells" / "data" / "one" / "seed-0.zip"
+    broken.write_bytes(broken.read_bytes()[:500])
+    shutil.rmtree(here.out)
+    assert here.compare("--keep", str(folder)) == 2
+    assert str(broken) in capsys.readouterr().err
+    with zipfile.ZipFile(broken, "w") as archive:
+        archive.writestr("identity.json", "{}")
+    assert here.compare("--keep", str(folder)) == 2
+    assert str(broken) in capsys.readouterr().err
+
+
+def test_weights_count_by_what_they_hold(fresh: Place, tmp_path: Path) -> None:
+    """The same file elsewhere is the same run; another file under the same name is not."""
+    grid = cells(load_study(fresh.study), fresh.out)
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    one.write_bytes(b"weights")
+    two.write_bytes(b"weights")
+
+    def identity(path: Path) -> str:
+        backbone = grid[0].config.model.backbone.model_copy(update={"weights": str(path)})  # type: ignore[union-attr]
+        model = grid[0].config.model.model_copy(update={"backbone": backbone})
+        config = grid[0].config.model_copy(update={"model": model})
+        found = type(grid[0])("one", "data", 0, config, fresh.out).identity()
+        return str(found["model.backbone.weights"])
+
+    assert identity(one) == identity(two)
+    two.write_bytes(b"other weights")
+    assert identity(one) != identity(two)
+
+
+def test_a_mistake_of_every_arm_is_said_once(fresh: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    fresh.change("resamples", "common: {train.clip_nrom: 3}\nresamples")
+    assert fresh.compare() == 2
+    said = capsys.readouterr().err
+    assert said.count("clip_nrom") == 1
+    assert "every arm on every data set" in said

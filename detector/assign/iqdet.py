@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from detector.assign.base import Assigner, chunks
+from detector.assign.base import Assigner, chunks, constant
 from detector.assign.cells import first_best, require_grid
 from detector.assign.distribution import LEAST_SIDE, Distribution, random_numbers
 from detector.assign.geometry import NOBODY, Kinds, Owners, iou_from, kinds
@@ -40,6 +40,9 @@ class IqDet(Assigner):
     shape suits the object best is taken, of equals the first.  A prior that several objects ask for learns the one of
     the highest quality, of equals the first.  Priors inside an object that nobody took are background where the value
     is below `negative_quality`, else ignored.
+
+    Levels on which no cell's centre lies in the object take no part: nothing there could learn it, and nothing tells
+    the encoder how good it would be.  An object without any on all levels draws from the first.
 
     Without an encoder (`model.encoder`, which criterion.type=iqdet trains) the distribution is one Gaussian at the
     object's centre, on the levels whose priors are of the object's size: the paper's sampling alone.
@@ -83,7 +86,7 @@ class IqDet(Assigner):
     def distribution(
         self, priors: Priors, objects: Objects, predictions: Predictions | None, suited: Tensor
     ) -> Distribution:
-        """(N, L, M): what the encoder says, or where there is none, one Gaussian at the centre.
+        """(N, L, M): what the encoder says, or where there is none, one Gaussian at the centre; on levels that count.
 
         Raises ValueError where the encoder's mixture does not fit the objects or the levels.
         """
@@ -95,11 +98,13 @@ class IqDet(Assigner):
                     " any, 5): the encoder must have seen these objects on these levels."
                 )
             torch._assert_async(~mixture.isnan().any(), "the encoder's predictions hold NaN: the training has diverged")
-            return Distribution.unpack(mixture)
+            said = Distribution.unpack(mixture)
+            return said._replace(share=said.share * counting_levels(priors, objects)[..., None])
         table = kinds(priors.grids, priors.boxes.device)
         octaves = _side(objects.boxes[:, 2:] - objects.boxes[:, :2])[:, None] - _side(table.size[suited])
         fit = (octaves / self.level_deviation).square() / -2
-        share = (fit - fit.amax(1, keepdim=True)).exp()[..., None].float()  # 1 on the level that suits best
+        fit = fit.where(counting_levels(priors, objects), -torch.inf)
+        share = (fit - fit.amax(1, keepdim=True)).exp()[..., None].float()  # 1 on the one that suits best
         mean = share.new_zeros(*share.shape, 2)
         return Distribution(mean, torch.full_like(mean, self.deviation), share)
 
@@ -153,6 +158,19 @@ def best_kinds(priors: Priors, objects: Objects) -> Tensor:
         best.append(first_best(iou[:, start : start + len(g.shapes)]) + start)
         start += len(g.shapes)
     return torch.cat(best, 1)
+
+
+def counting_levels(priors: Priors, objects: Objects) -> Tensor:
+    """(N, L) bool: some cell's centre lies in the object; where there is none on any level, the first level."""
+    boxes, counts = objects.boxes.double(), []
+    for g in priors.grids:
+        count = constant((g.width, g.height), torch.int64, boxes.device)
+        first = (boxes[:, :2] / g.stride - g.offset).floor().long().clamp(min=-1) + 1
+        end = torch.minimum((boxes[:, 2:] / g.stride - g.offset).ceil().long(), count) - 1
+        counts.append((first <= end).all(-1))
+    found = torch.stack(counts, 1)
+    none = ~found.any(1, keepdim=True)
+    return found | (none & (torch.arange(found.shape[1], device=found.device) == 0))
 
 
 def prior_at(table: Kinds, kind: Tensor, cell: Tensor) -> Tensor:

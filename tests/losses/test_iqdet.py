@@ -180,7 +180,7 @@ def test_rounded_points_are_the_dense_criterion_and_the_encoder() -> None:
         k: v.item() for k, v in dense.sums.items()
     }
     assert found.normalizer == dense.normalizer
-    assert float(found.sums["encoder"]) > 0
+    assert found.sums["encoder"].item() > 0
 
 
 def test_points_between_by_plain_sums() -> None:

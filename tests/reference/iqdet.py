@@ -14,6 +14,7 @@ Level = tuple[int, int, int, float, list[tuple[float, float]]]
 Component = tuple[float, float, float, float, float]
 Box = Sequence[float]
 NORMAL = NormalDist()
+NOTHING: Component = (0.0, 0.0, 1.0, 1.0, 0.0)
 
 
 def value(components: Sequence[Component], x: float, y: float) -> float:
@@ -74,7 +75,8 @@ def static(box: Box, levels: Sequence[Level], deviation: float, octave: float) -
     for *_, shapes in levels:
         w, h = shapes[best_shape(box, shapes)]
         fits.append(-((math.log2(side / math.sqrt(w * h)) / octave) ** 2) / 2)
-    return [[(0.0, 0.0, deviation, deviation, math.exp(fit - max(fits)))] for fit in fits]
+    best = max(fit for fit, kept in zip(fits, counting(box, levels, [[NOTHING]] * len(fits)), strict=True) if kept)
+    return [[(0.0, 0.0, deviation, deviation, math.exp(fit - best))] for fit in fits]
 
 
 def cells(level: Level) -> list[tuple[int, int, float, float]]:
@@ -91,6 +93,13 @@ def place(box: Box, x: float, y: float) -> tuple[float, float]:
     return (2 * x - box[0] - box[2]) / (box[2] - box[0]), (2 * y - box[1] - box[3]) / (box[3] - box[1])
 
 
+def counting(box: Box, levels: Sequence[Level], mixture: Sequence[Sequence[Component]]) -> list[Sequence[Component]]:
+    """Levels without a cell's centre in the object drop out; if all would, the first stays."""
+    kept = [any(box[0] < x < box[2] and box[1] < y < box[3] for *_, x, y in cells(level)) for level in levels]
+    kept[0] = kept[0] or not any(kept)
+    return [components if keep else [] for keep, components in zip(kept, mixture, strict=True)]
+
+
 def assign(
     levels: Sequence[Level],
     boxes: Sequence[Box],
@@ -103,6 +112,7 @@ def assign(
     taken: dict[int, tuple[int, float]] = {}
     undecided = set()
     for n, (box, mixture) in enumerate(zip(boxes, mixtures, strict=True)):
+        mixture = counting(box, levels, mixture)
         for random in numbers(seed, box, samples):
             level, px, py = draw(mixture, random)
             _, width, _, _, shapes = levels[level]

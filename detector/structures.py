@@ -151,6 +151,7 @@ class Predictions:
     class_logits: Tensor  # (B, R, K)
     boxes: Tensor  # (B, R, 4) xyxy
     quality_logits: Tensor | None = None  # (B, R) centerness, IoU or objectness
+    mixture: Tensor | None = None  # (N, L, M, 5) of the model's encoder, where it has one: assign/distribution.py
 
     def select_image(self, i: int) -> Predictions:
         quality = None if self.quality_logits is None else self.quality_logits[i : i + 1]
@@ -166,6 +167,7 @@ class Outputs:
     box_raw: Tensor  # (B, R, C) in the coder's own units, C its `channels`; (B, R, K, C) where each class has a box
     quality_logits: Tensor | None  # (B, R)
     coder: Coder
+    mixture: Tensor | None = None  # (N, L, M, 5) where the model's encoder saw the objects: assign/distribution.py
 
     @cached_property
     def boxes(self) -> Tensor:
@@ -184,7 +186,8 @@ class Outputs:
             raw = self.box_raw.detach().float()
             boxes = self.coder.decode(self.priors.boxes, self.priors.stride, raw)
             quality = None if self.quality_logits is None else self.quality_logits.detach().float()
-            return Predictions(self.class_logits.detach().float(), boxes, quality)
+            mixture = None if self.mixture is None else self.mixture.detach().float()
+            return Predictions(self.class_logits.detach().float(), boxes, quality, mixture)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from detector.assign.center_gaussian import CenterGaussian
 from detector.assign.center_region import CenterRegion
 from detector.assign.dynamic import DynamicSoftLabel, SimOta
 from detector.assign.hungarian import Hungarian
+from detector.assign.iqdet import IqDet
 from detector.assign.mixture import Paa
 from detector.assign.overlap import MaxIou
 from detector.assign.point_scale import PointScale
@@ -24,7 +25,7 @@ from detector.assign.weights import DualWeight
 from detector.assign.yolo import YoloBest, YoloRatio
 
 Geometric = MaxIou | Fcos | Atss | YoloRatio | YoloBest | CenterGaussian | CenterRegion | PointScale
-Predicted = SimOta | TaskAligned | DynamicSoftLabel | Ota | Hungarian | Uniform | Paa | DualWeight
+Predicted = SimOta | TaskAligned | DynamicSoftLabel | Ota | Hungarian | Uniform | Paa | DualWeight | IqDet
 Constant = Geometric | Predicted
 
 ConstantRule = Annotated[Constant, Field(discriminator="type")]
@@ -44,6 +45,7 @@ __all__ = [
     "DynamicSoftLabel",
     "Fcos",
     "Hungarian",
+    "IqDet",
     "MaxIou",
     "Ota",
     "Paa",

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -109,18 +109,12 @@ class Assigner(Node):
             parts.append(replace(one, prior=one.prior + i * len(priors), object=mine[one.object]))
         weights = [one.background_weight for one in parts]
         full = next((w for w in weights if w is not None), None)
-        return Assignment(
-            num_priors=len(priors),
-            prior=torch.cat([one.prior for one in parts]),
-            object=torch.cat([one.object for one in parts]),
-            quality=torch.cat([one.quality for one in parts]),
-            weight=torch.cat([one.weight for one in parts]),
-            ignored=torch.cat([one.ignored for one in parts]),
-            background_weight=None
-            if full is None
-            else torch.cat([torch.ones_like(full) if w is None else w for w in weights]),
-            modulated=next((one.modulated for one in parts if one.modulated is not None), None),
-        )
+        names = ("prior", "object", "quality", "weight", "ignored")
+        whole: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in parts]) for name in names}
+        if full is not None:
+            whole["background_weight"] = torch.cat([torch.ones_like(full) if w is None else w for w in weights])
+        modulated = next((one.modulated for one in parts if one.modulated is not None), None)
+        return replace(parts[0], **whole, modulated=modulated)
 
     def without_objects(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         """A batch in which nothing is to be found; a rule that weighs the background of such images says so here."""
@@ -151,16 +145,9 @@ def from_index(index: Tensor, quality: Tensor | None = None) -> Assignment:
 
 def nothing(priors: Priors, objects: Objects) -> Assignment:
     """No pair at all: everything is background."""
-    none = objects.image.new_zeros(0)
-    shape = (objects.batch_size, len(priors))
-    return Assignment(
-        num_priors=len(priors),
-        prior=none,
-        object=none,
-        quality=priors.boxes.new_zeros(0),
-        weight=priors.boxes.new_zeros(0),
-        ignored=torch.zeros(shape, dtype=torch.bool, device=priors.boxes.device),
-    )
+    none, zero = objects.image.new_zeros(0), priors.boxes.new_zeros(0)
+    ignored = torch.zeros(objects.batch_size, len(priors), dtype=torch.bool, device=priors.boxes.device)
+    return Assignment(len(priors), prior=none, object=none, quality=zero, weight=zero, ignored=ignored)
 
 
 def crowded(priors: Priors, objects: Objects, coverage: float) -> Tensor:
@@ -208,12 +195,7 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _to_float(predictions: Predictions) -> Predictions:
-    quality = predictions.quality_logits
-    return Predictions(
-        predictions.class_logits.detach().float(),
-        predictions.boxes.detach().float(),
-        None if quality is None else quality.detach().float(),
-    )
+    return replace(predictions, **{k: x.detach().float() for k, x in vars(predictions).items() if x is not None})
 
 
 def _check(priors: Priors, objects: Objects, predictions: Predictions | None, rule: Assigner) -> None:

@@ -95,13 +95,19 @@ class RunConfig(Node):
     def _dense_head_fits(self) -> RunConfig:
         assert self.model.type == "dense"
         head, criterion = self.model.head, self.criterion
-        dense = criterion.type == "dense"
+        if (criterion.type == "iqdet") != (self.model.encoder is not None):
+            raise ValueError(
+                "criterion.type 'iqdet' trains an encoder, but model.encoder is null: set model.encoder={}"
+                if criterion.type == "iqdet"
+                else "model.encoder is set but nothing would train it: set criterion.type=iqdet, or model.encoder=null"
+            )
+        path = {"dense": "criterion.quality", "iqdet": "criterion.dense.quality"}.get(criterion.type)
         if criterion.uses_quality and not head.quality:
-            what = "quality is set" if dense else f"type {criterion.type!r} needs an objectness"
-            instead = ", or criterion.quality=null" if dense else ""
-            raise ValueError(f"criterion.{what} but model.head.quality is false: set model.head.quality=true{instead}")
+            what = f"{path} is set" if path else f"criterion.type {criterion.type!r} needs an objectness"
+            instead = f", or {path}=null" if path else ""
+            raise ValueError(f"{what} but model.head.quality is false: set model.head.quality=true{instead}")
         if not criterion.uses_quality and head.quality:
-            also = "set criterion.quality, or " if dense else "set "
+            also = f"set {path}, or " if path else "set "
             raise ValueError(f"model.head.quality is true but nothing would train it: {also}model.head.quality=false")
         objection = criterion.objection(head.output_coder)
         if objection is not None:

@@ -10,10 +10,11 @@ from detector.config.node import default_type
 from detector.losses.auto_assign import AutoAssignConfig
 from detector.losses.dense import DenseCriterionConfig
 from detector.losses.free_anchor import FreeAnchorConfig
+from detector.losses.iqdet import IqDetCriterionConfig
 from detector.losses.two_stage import TwoStageCriterionConfig
 
 AnyCriterion = Annotated[
-    DenseCriterionConfig | FreeAnchorConfig | AutoAssignConfig | TwoStageCriterionConfig,
+    DenseCriterionConfig | FreeAnchorConfig | AutoAssignConfig | IqDetCriterionConfig | TwoStageCriterionConfig,
     Field(discriminator="type"),
     default_type("dense"),
 ]

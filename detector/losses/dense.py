@@ -109,15 +109,18 @@ class DenseCriterion(nn.Module):
 
     def forward(self, outputs: Outputs, objects: Objects) -> Losses:
         """Raises `ConfigError` where the head's outputs or the rule do not fit the losses that were asked for."""
-        self._check(outputs)
+        self.check(outputs)
+        predictions = outputs.detached() if self.assigner.uses_predictions else None
+        return self.losses(outputs, objects, self.assigner(outputs.priors, objects, predictions))
+
+    def losses(self, outputs: Outputs, objects: Objects, assignment: Assignment) -> Losses:
+        """The same for an assignment that was made already."""
         with torch.autocast(outputs.class_logits.device.type, enabled=False):
-            predictions = outputs.detached() if self.assigner.uses_predictions else None
-            assignment = self.assigner(outputs.priors, objects, predictions)
             pairs = Pairs.gather(outputs, objects, assignment)
             learnt = replace(assignment, quality=self._class_target(assignment, pairs))
             return Losses(
                 sums={
-                    "class": self._class_sum(outputs, objects, learnt),
+                    "class": self.class_sum(outputs, objects, learnt),
                     **self._box_and_quality_sums(outputs, assignment, pairs),
                 },
                 normalizer=self.normalizer(learnt, objects),
@@ -130,7 +133,8 @@ class DenseCriterion(nn.Module):
             return pairs.iou
         return assignment.quality if self.config.class_target == "assignment" else torch.ones_like(pairs.weight)
 
-    def _class_sum(self, outputs: Outputs, objects: Objects, learnt: Assignment) -> Tensor:
+    def class_sum(self, outputs: Outputs, objects: Objects, learnt: Assignment) -> Tensor:
+        """The class term alone, towards the pairs' `quality`."""
         loss = self.config.classification
         targets = class_targets(learnt, objects.labels, self.num_classes, self.config.class_on == "positives")
         return loss.weight * loss(outputs.class_logits, targets, modulation=not self._modulated(learnt))
@@ -169,7 +173,8 @@ class DenseCriterion(nn.Module):
             )
         return bool(assignment.modulated)
 
-    def _check(self, outputs: Outputs) -> None:
+    def check(self, outputs: Outputs) -> None:
+        """Raises `ConfigError` where the head does not fit the losses."""
         classes = outputs.class_logits.shape[-1]
         if classes != self.num_classes:
             raise ConfigError(

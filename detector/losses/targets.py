@@ -60,7 +60,7 @@ def class_targets(
     cell, order = torch.where(weight > 0, cell, nowhere).sort()
 
     first = cell != cell.roll(1)
-    first[:1] = True
+    first[:1].fill_(True)
     group = first.cumsum(0) - 1
     zeros = torch.zeros_like(weight)
     target = zeros.scatter_reduce(0, group, assignment.quality.float()[order], "amax")[group]

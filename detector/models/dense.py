@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -12,6 +13,7 @@ from detector.config.node import Node, default_type
 from detector.models.backbones import Backbone, BackboneConfig
 from detector.models.dense_head import DenseHeadConfig, GridHead
 from detector.models.fpn import Fpn, FpnConfig
+from detector.models.quality_encoder import QualityEncoder, QualityEncoderConfig
 from detector.models.task_aligned_head import TaskAlignedHeadConfig
 from detector.structures import Objects, Outputs
 
@@ -25,13 +27,15 @@ class DenseConfig(Node):
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     neck: FpnConfig = Field(default_factory=FpnConfig)
     head: AnyHead = Field(default_factory=DenseHeadConfig)
+    encoder: QualityEncoderConfig | None = Field(None, description="in training, for criterion.type=iqdet")
 
     def build(self, num_classes: int, *, load_weights: bool = True) -> DenseDetector:
         """The network; `load_weights=False` leaves the backbone random, for a checkpoint that follows."""
         backbone = self.backbone.build(load_weights=load_weights)
         neck = self.neck.build(backbone.channels, backbone.strides)
         head = self.head.build(neck.channels, neck.strides, num_classes)
-        return DenseDetector(backbone=backbone, neck=neck, head=head)
+        encoder = None if self.encoder is None else self.encoder.build(neck.channels, neck.strides)
+        return DenseDetector(backbone=backbone, neck=neck, head=head, encoder=encoder)
 
 
 class DenseDetector(nn.Module):
@@ -44,9 +48,9 @@ class DenseDetector(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, *, backbone: Backbone, neck: Fpn, head: GridHead) -> None:
+    def __init__(self, *, backbone: Backbone, neck: Fpn, head: GridHead, encoder: QualityEncoder | None = None) -> None:
         super().__init__()
-        self.backbone, self.neck, self.head = backbone, neck, head
+        self.backbone, self.neck, self.head, self.encoder = backbone, neck, head, encoder
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
         self.register_buffer("scale", (1 / std)[:, None, None], persistent=False)
         self.register_buffer("shift", (-mean / std)[:, None, None], persistent=False)
@@ -54,4 +58,8 @@ class DenseDetector(nn.Module):
     def forward(self, images: Tensor, objects: Objects | None = None, sizes: Tensor | None = None) -> Outputs:
         """`objects` and `sizes` are for models whose forward pass depends on the truth, or on where images end."""
         images = images.contiguous(memory_format=torch.channels_last).to(self.scale.dtype)
-        return self.head(self.neck(self.backbone(torch.addcmul(self.shift, images, self.scale))))
+        maps = self.neck(self.backbone(torch.addcmul(self.shift, images, self.scale)))
+        outputs: Outputs = self.head(maps)
+        if self.encoder is None or objects is None:
+            return outputs
+        return replace(outputs, mixture=self.encoder(maps, objects))

@@ -28,4 +28,8 @@ def introduction(
         f"length: {horizon.total} steps of {horizon.batch} images{parts}, {horizon.epoch(horizon.total):.4g} epochs",
         settings.optimizer.explain(settings.batch_size),
     ]
+    if config.assigner is not None and config.assigner.type == "iqdet" and config.criterion.type != "iqdet":
+        lines.append(
+            "assigner: iqdet draws around the centres of objects; criterion.type=iqdet and model.encoder={} learn where"
+        )
     return lines

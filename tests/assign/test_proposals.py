@@ -16,7 +16,7 @@ from tests.assign.test_guarantees import NeverWaits
 
 SIZE = (200, 264)
 RULES: list[Assigner] = [rule() for rule in get_args(get_args(Rule)[0])]
-OF_CELLS = ("yolo_ratio", "yolo_best", "center_gaussian")
+OF_CELLS = ("yolo_ratio", "yolo_best", "center_gaussian", "iqdet")
 RCNN = MaxIou(positive_iou=0.5, negative_iou=0.5, low_quality="none")
 
 

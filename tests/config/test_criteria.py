@@ -77,6 +77,21 @@ def test_one_line_exchanges_the_criterion() -> None:
             "the head gives no distributions",
         ),
         (QUALITY + "criterion: {class_on: positives, quality: {type: bce}}\n", "set quality={type: objectness}"),
+        (QUALITY + "criterion: {type: iqdet}\nassigner: {type: iqdet}\n", "set model.encoder={}"),
+        ("model: {encoder: {}}\n", "nothing would train it: set criterion.type=iqdet, or model.encoder=null"),
+        (
+            "model: {encoder: {}}\ncriterion: {type: iqdet}\nassigner: {type: iqdet}\n",
+            "criterion.dense.quality is set but model.head.quality is false",
+        ),
+        (
+            "model: {encoder: {}, head: {quality: true}}\ncriterion: {type: iqdet, dense: {quality: null}}\n",
+            "nothing would train it: set criterion.dense.quality, or model.head.quality=false",
+        ),
+        (
+            "model: {encoder: {}, head: {quality: true}}\ncriterion: {type: iqdet, dense: {quality: {type: bce},"
+            " distribution: {type: dfl}}}\n",
+            "criterion.dense.distribution is set but the head gives no distributions",
+        ),
         ("model: {head: {type: tood}}\n", "model.head.type: unknown type 'tood'; known: dense, task_aligned"),
         ("model: {head: {type: task_aligned, shared_tower: true}}\n", "model.head.shared_tower: unknown key"),
     ],

@@ -62,6 +62,10 @@ class Cell:
             found[WEIGHTS] = f"sha256 {_digest(Path(weights), Path(weights).stat().st_mtime_ns)}"
         return found
 
+    def chosen(self) -> set[str]:
+        """The keys of the identity whose value is not the default."""
+        return set(flat(self.config.model_dump(mode="json", exclude_defaults=True)))
+
 
 @dataclass(frozen=True)
 class Difference:

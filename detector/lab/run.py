@@ -61,7 +61,9 @@ def _check_same(cell: Cell, task: dict[str, Any]) -> None:
         return
     before = json.loads(known.read_text(encoding="utf-8"))
     now = json.loads(json.dumps({**cell.identity(), **{f"study.{k}": v for k, v in task.items()}}))
-    key = next((k for k in [*now, *before] if now.get(k) != before.get(k)), None)
+    chosen = cell.chosen()  # a setting that is newer than the cell, left as it comes, changes nothing
+    keys = [k for k in [*now, *before] if k in before or k in chosen]
+    key = next((k for k in keys if now.get(k) != before.get(k)), None)
     if key is not None:
         raise UserError(
             f"{cell.folder}: was run with another configuration: {key} was {before.get(key)!r} and is now"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -70,6 +71,19 @@ def test_another_configuration_is_not_counted(kept: tuple[Place, Path], capsys: 
     here.change("resamples", "common: {train.clip_norm: 3}\nresamples")
     assert here.compare("--keep", str(folder)) == 2
     assert "was run with another configuration: train.clip_norm" in capsys.readouterr().err
+
+
+def test_a_setting_newer_than_the_cell(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cells from before a setting came are counted where it is left as it comes, and refused where it is not."""
+    here = copy()
+    for path in here.out.rglob("identity.json"):
+        known = json.loads(path.read_text())
+        del known["train.clip_norm"], known["data.pad_multiple"]
+        path.write_text(json.dumps(known))
+    assert here.compare("--report-only") == 0
+    here.change("resamples", "common: {train.clip_norm: 3}\nresamples")
+    assert here.compare("--report-only") == 2
+    assert "train.clip_norm was None and is now 3" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_named(kept: tuple[Place, Path], capsys: pytest.CaptureFixture[str]) -> None:

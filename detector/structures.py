@@ -166,6 +166,7 @@ class Outputs:
     box_raw: Tensor  # (B, R, C) in the coder's own units, C its `channels`; (B, R, K, C) where each class has a box
     quality_logits: Tensor | None  # (B, R)
     coder: Coder
+    initial: Outputs | None = None  # of a head that refines its boxes: the same, with the boxes before that
 
     @cached_property
     def boxes(self) -> Tensor:

@@ -103,7 +103,17 @@ class RunConfig(Node):
         if not criterion.uses_quality and head.quality:
             also = "set criterion.quality, or " if dense else "set "
             raise ValueError(f"model.head.quality is true but nothing would train it: {also}model.head.quality=false")
-        objection = criterion.objection(head.output_coder)
+        if (
+            head.type == "refined"
+            and head.refine.needs_initial_loss
+            and not (criterion.type == "dense" and criterion.initial_box is not None)
+        ):
+            also = "criterion.initial_box={type: giou, weight: 1.5}, or " if dense else ""
+            raise ValueError(
+                f"nothing would train the boxes that model.head.refine.type {head.refine.type!r} starts from: set"
+                f" {also}model.head.refine.type=boundary"
+            )
+        objection = criterion.objection(head.output_coder, head.initial_coder)
         if objection is not None:
             raise ValueError(objection)
         return self

@@ -18,6 +18,7 @@ from detector.boxes import centers
 from detector.coders import Bins, Deltas, Distances
 from detector.config.load import load_config
 from detector.config.run import RunConfig
+from detector.decode import DecodeConfig, decode
 from detector.errors import ConfigError
 from detector.losses.auto_assign import AutoAssignConfig
 from detector.losses.dense import DenseCriterionConfig
@@ -530,6 +531,17 @@ class TestNetwork:
             for i in range(4):
                 for one, all_of_them in zip(model(images(4)[i : i + 1]), together, strict=True):
                     assert_close(one[0], all_of_them[i], atol=1e-3, rtol=1e-4)
+
+    def test_detections_of_an_image_alone_and_among_others(self, refine: Any) -> None:
+        model, config = network(refine), DecodeConfig(score_threshold=0.0, max_detections=10)
+        size = torch.tensor([[97.0, 130]])
+        with torch.no_grad():
+            together = decode(model(images(4)), size.expand(4, 2), config)
+            for i in range(4):
+                (alone,) = decode(model(images(4)[i : i + 1]), size, config)
+                assert len(alone) == 10
+                assert_close(alone.boxes, together[i].boxes, atol=1e-2, rtol=1e-4)
+                assert_close(alone.scores, together[i].scores, atol=1e-5, rtol=1e-4)
 
     def test_folded_batch_norms_change_nothing(self, refine: Any) -> None:
         model = network(refine)

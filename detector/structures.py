@@ -167,6 +167,7 @@ class Outputs:
     box_raw: Tensor  # (B, R, C) in the coder's own units, C its `channels`; (B, R, K, C) where each class has a box
     quality_logits: Tensor | None  # (B, R)
     coder: Coder
+    initial: Outputs | None = None  # of a head that refines its boxes: the same, with the boxes before that
     mixture: Tensor | None = None  # (N, L, M, 5) where the model's encoder saw the objects: assign/distribution.py
 
     @cached_property

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detector.bench import assignment, inference, loading, scoring, train_step
+from detector.bench import assignment, inference, loading, scoring, step_share, train_step
 from detector.bench.document import update
 from detector.bench.measure import Table, Target, Times, peak_bytes, take_turns
 from detector.bench.networks import NUM_CLASSES, PRECISIONS, methods, random_images, random_objects
@@ -135,6 +135,20 @@ def test_all_sides_of_a_train_step_run(precision: Precision) -> None:
     assert set(times.seconds) == {"ours", "bare", "peer"}
 
 
+def test_a_rule_is_set_against_the_step_that_it_is_part_of() -> None:
+    seconds = {"network fp32": [8.0, 7.0], "network bf16": [3.0, 1.0], "rule x": [0.5, 1.0], "criterion x": [2.0, 3.0]}
+    assert step_share.shares(Times(seconds), "x") == {"fp32": (0.05 + 0.1) / 2, "bf16": (0.1 + 0.25) / 2}
+
+
+def test_every_rule_has_its_share() -> None:
+    names = step_share.rules()
+    assert {"fcos", "hungarian", "dw"} < set(names)
+    times = step_share.compare(methods("resnet18", 32)["FCOS"].model, CPU, side=64, turns=1)
+    assert set(times.seconds) == {
+        *(f"network {p}" for p in PRECISIONS), *(f"{part} {name}" for part in ("rule", "criterion") for name in names)
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_all_sides_of_inference_run(precision: Precision) -> None:
     times, found = inference.compare(methods("resnet18", 32)["RetinaNet"], CPU, side=64, turns=1, precision=precision)
@@ -185,7 +199,7 @@ def test_command_writes_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "'speed': expected one or several of train, infer, assign, load, evaluate, augment, or all"),
+        (["speed"], "'speed': expected one or several of train, infer, assign, load, evaluate, augment, share, or all"),
         (["--threads", "0"], "--threads: expected at least 1"),
         (["--quick", "--markdown", "x.md"], "--markdown: the times of a --quick run say nothing"),
     ],

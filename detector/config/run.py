@@ -109,7 +109,16 @@ class RunConfig(Node):
         if not criterion.uses_quality and head.quality:
             also = f"set {path}, or " if path else "set "
             raise ValueError(f"model.head.quality is true but nothing would train it: {also}model.head.quality=false")
-        objection = criterion.objection(head.output_coder)
+        losses = criterion.dense if criterion.type == "iqdet" else criterion
+        initial = losses.initial_box if losses.type == "dense" else None
+        if head.type == "refined" and head.refine.needs_initial_loss and initial is None:
+            path = {"dense": "criterion.initial_box", "iqdet": "criterion.dense.initial_box"}.get(criterion.type)
+            also = f"{path}={{type: giou, weight: 1.5}}, or " if path else ""
+            raise ValueError(
+                f"nothing would train the boxes that model.head.refine.type {head.refine.type!r} starts from: set"
+                f" {also}model.head.refine.type=boundary"
+            )
+        objection = criterion.objection(head.output_coder, head.initial_coder)
         if objection is not None:
             raise ValueError(objection)
         return self

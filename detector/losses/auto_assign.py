@@ -56,7 +56,7 @@ class AutoAssignConfig(CriterionConfig):
     def uses_quality(self) -> bool:
         return True
 
-    def objection(self, coder: Coder) -> str | None:
+    def objection(self, coder: Coder, initial: Coder | None = None) -> str | None:
         return RAW_ARE_LOGITS if self.box.on == "raw" and isinstance(coder, Bins) else None
 
     def build(self, assigner: Assigner | None, num_classes: int) -> AutoAssign:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from detector.coders import Bins
 from detector.errors import ConfigError
-from detector.losses import AnyBoxLoss, AnyClassLoss, AnyQualityLoss, DistributionFocal
-from detector.losses.base import RAW_ARE_LOGITS, CriterionConfig
+from detector.losses import AnyBoxLoss, AnyClassLoss, AnyQualityLoss, DistributionFocal, base
+from detector.losses.base import CriterionConfig
 from detector.losses.classification import Focal
 from detector.losses.normalizer import Kind, Normalizer, mean_over_processes
 from detector.losses.regression import Giou
@@ -41,6 +41,9 @@ class DenseCriterionConfig(CriterionConfig):
         "all", description="positives: priors without an object are left to the quality branch's objectness (YOLOX)"
     )
     box: AnyBoxLoss = Giou(weight=2.0)
+    initial_box: AnyBoxLoss | None = Field(
+        None, description="loss of the boxes before a head refines them, weighted likewise; null: they have none"
+    )
     box_weighting: Literal["uniform", "quality", "assignment", "iou", "score"] = Field(
         "uniform",
         description="a pair's box loss is weighted by the quality branch's target (FCOS and ATSS, by centerness), the"
@@ -64,23 +67,21 @@ class DenseCriterionConfig(CriterionConfig):
         if self.box_weighting == "quality" and self.quality is None:
             raise ValueError("box_weighting is 'quality' but there is no quality loss: set quality, or 'uniform'")
         if self.class_on == "positives" and (self.quality is None or self.quality.type != "objectness"):
-            raise ValueError(
-                "class_on is 'positives' but nothing would learn the background: set quality={type: objectness}, or"
-                " class_on=all"
-            )
+            raise ValueError(base.NO_BACKGROUND)
         return self
 
     @property
     def uses_quality(self) -> bool:
         return self.quality is not None
 
-    def objection(self, coder: Coder) -> str | None:
+    def objection(self, coder: Coder, initial: Coder | None = None) -> str | None:
         if self.distribution is not None and not isinstance(coder, Bins):
-            return (
-                "criterion.distribution is set but the head gives no distributions: set model.head.coder={type: bins},"
-                " or criterion.distribution=null"
-            )
-        return RAW_ARE_LOGITS if self.box.on == "raw" and isinstance(coder, Bins) else None
+            return base.NO_DISTRIBUTIONS
+        if self.initial_box is not None and initial is None:
+            return base.NOT_REFINED
+        if self.initial_box is not None and self.initial_box.on == "raw" and isinstance(initial, Bins):
+            return base.RAW_ARE_LOGITS.replace("criterion.box", "criterion.initial_box")
+        return base.RAW_ARE_LOGITS if self.box.on == "raw" and isinstance(coder, Bins) else None
 
     def build(self, assigner: Assigner | None, num_classes: int) -> DenseCriterion:
         if assigner is None:
@@ -91,10 +92,10 @@ class DenseCriterionConfig(CriterionConfig):
 class DenseCriterion(nn.Module):
     """`criterion(outputs, objects) -> Losses`: labels by whichever assigner, then class, box and quality loss.
 
-    Sums `class`, `box` and, where asked for, `distribution` and `quality`.  All are divided by the one normaliser.
-    That includes weighted box losses, which the authors' codes divide by the sum of the weights instead.  For
-    centerness that is smaller by a nearly constant factor (about 0.6), for `box.weight` to absorb; weights that grow
-    while the network learns want `normalize_box_weights`.
+    Sums `class`, `box` and, where asked for, `initial_box`, `distribution` and `quality`, all divided by the one
+    normaliser.  That includes weighted box losses, which the authors' codes divide by the sum of the weights instead.
+    For centerness that is smaller by a nearly constant factor (about 0.6), for `box.weight` to absorb; weights that
+    grow while the network learns want `normalize_box_weights`.
 
     Everything is float32 with autocast off, without synchronisation with the device.  A batch without objects or pairs
     gives box and quality losses of exactly 0 that still hang on the graph.
@@ -121,7 +122,7 @@ class DenseCriterion(nn.Module):
             return Losses(
                 sums={
                     "class": self.class_sum(outputs, objects, learnt),
-                    **self._box_and_quality_sums(outputs, assignment, pairs),
+                    **self._sums(outputs, objects, assignment, pairs),
                 },
                 normalizer=self.normalizer(learnt, objects),
                 assignments={"dense": assignment},
@@ -139,14 +140,16 @@ class DenseCriterion(nn.Module):
         targets = class_targets(learnt, objects.labels, self.num_classes, self.config.class_on == "positives")
         return loss.weight * loss(outputs.class_logits, targets, modulation=not self._modulated(learnt))
 
-    def _box_and_quality_sums(self, outputs: Outputs, assignment: Assignment, pairs: Pairs) -> dict[str, Tensor]:
-        box, distribution, quality = self.config.box, self.config.distribution, self.config.quality
+    def _sums(self, outputs: Outputs, objects: Objects, assignment: Assignment, pairs: Pairs) -> dict[str, Tensor]:
+        """Of boxes and quality."""
+        first, distribution, quality = self.config.initial_box, self.config.distribution, self.config.quality
         goal = None if quality is None else quality.targets(pairs.centers, pairs.decoded, pairs.boxes)
-        weight = pairs.weight * self._box_factor(assignment, pairs, goal)
-        if self.config.normalize_box_weights:
-            weight = weight * mean_over_processes(pairs.weight.sum()) / mean_over_processes(weight.sum()).clamp(min=1)
-        each = box(pairs.raw, pairs.raw_target) if box.on == "raw" else box(pairs.decoded, pairs.boxes)
-        sums = {"box": box.weight * (each * weight).sum()}
+        weight = self._box_weight(assignment, pairs, goal)
+        sums = {"box": self.config.box.weight * (pairs.box_loss(self.config.box) * weight).sum()}
+        if first is not None and outputs.initial is not None:
+            before = Pairs.gather(outputs.initial, objects, assignment)
+            counts = self._box_weight(assignment, before, goal)
+            sums["initial_box"] = first.weight * (before.box_loss(first) * counts).sum()
         if distribution is not None and isinstance(pairs.coder, Bins):
             true = pairs.coder.distances(pairs.prior_boxes, pairs.stride, pairs.boxes)
             sums["distribution"] = distribution.weight * (distribution(pairs.raw, true, pairs.coder) * weight).sum()
@@ -154,37 +157,32 @@ class DenseCriterion(nn.Module):
             sums["quality"] = quality.weight * quality(outputs.quality_logits, goal, pairs, assignment)
         return sums
 
-    def _box_factor(self, assignment: Assignment, pairs: Pairs, goal: Tensor | None) -> Tensor:
-        """(P,) what a pair's box counts beside its weight; no gradient."""
-        if self.config.box_weighting == "quality" and goal is not None:
-            return goal
-        if self.config.box_weighting == "assignment":
-            return assignment.quality
-        if self.config.box_weighting == "iou":
-            return pairs.iou
-        return pairs.best_score if self.config.box_weighting == "score" else torch.ones_like(pairs.weight)
+    def _box_weight(self, assignment: Assignment, pairs: Pairs, goal: Tensor | None) -> Tensor:
+        """(P,) what a pair's box counts, its own weight included; no gradient."""
+        weight, by = pairs.weight, self.config.box_weighting
+        if by == "quality" and goal is not None:
+            weight = weight * goal
+        elif by == "assignment":
+            weight = weight * assignment.quality
+        elif by in ("iou", "score"):
+            weight = weight * (pairs.iou if by == "iou" else pairs.best_score)
+        if self.config.normalize_box_weights:
+            weight = weight * mean_over_processes(pairs.weight.sum()) / mean_over_processes(weight.sum()).clamp(min=1)
+        return weight
 
     def _modulated(self, assignment: Assignment) -> bool:
         """Whether the rule's weights hold the focal factor already."""
         if assignment.modulated is None and assignment.background_weight is not None:
-            raise ConfigError(
-                f"{type(self.assigner).__name__} weighs the background but does not say whether its weights hold the"
-                " focal factor already: it must set `modulated` of its Assignment to True (as in DW), or to False"
-            )
+            raise ConfigError(type(self.assigner).__name__ + base.NOT_SAID_WHETHER_MODULATED)
         return bool(assignment.modulated)
 
     def check(self, outputs: Outputs) -> None:
         """Raises `ConfigError` where the head does not fit the losses."""
         classes = outputs.class_logits.shape[-1]
         if classes != self.num_classes:
-            raise ConfigError(
-                f"the head gives {classes} class logits a prior, the criterion expects {self.num_classes}"
-            )
+            raise ConfigError(f"the head gives {classes} class logits a prior, criterion expects {self.num_classes}")
         if self.config.quality is not None and outputs.quality_logits is None:
-            raise ConfigError(
-                "criterion.quality asks for a quality loss but the head has no quality branch: set"
-                " model.head.quality=true, or criterion.quality=null"
-            )
-        objection = self.config.objection(outputs.coder)
+            raise ConfigError(base.NO_QUALITY)
+        objection = self.config.objection(outputs.coder, None if outputs.initial is None else outputs.initial.coder)
         if objection is not None:
             raise ConfigError(objection)

@@ -66,8 +66,8 @@ class IqDetCriterionConfig(CriterionConfig):
     def uses_quality(self) -> bool:
         return self.dense.uses_quality
 
-    def objection(self, coder: Coder) -> str | None:
-        objection = self.dense.objection(coder)
+    def objection(self, coder: Coder, initial: Coder | None = None) -> str | None:
+        objection = self.dense.objection(coder, initial)
         return None if objection is None else objection.replace("criterion.", "criterion.dense.")
 
     def build(self, assigner: Assigner | None, num_classes: int) -> IqDetCriterion:
@@ -171,6 +171,7 @@ def interpolated(outputs: Outputs, objects: Objects, drawn: Drawn) -> Outputs:
         box_raw=at_points(outputs.box_raw),
         quality_logits=None if quality is None else at_points(quality[..., None]).squeeze(-1),
         coder=outputs.coder,
+        initial=None if outputs.initial is None else interpolated(outputs.initial, objects, drawn),
     )
 
 

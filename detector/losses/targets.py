@@ -16,6 +16,7 @@ from torch import Tensor
 from detector import boxes
 from detector.boxes import full_precision
 from detector.coders import Coder
+from detector.losses.regression import BoxLoss
 from detector.structures import Assignment, Objects, Outputs
 
 
@@ -121,6 +122,10 @@ class Pairs:
     def raw_target(self) -> Tensor:
         """(P, C) float32 that the head should say."""
         return self.coder.encode(self.prior_boxes, self.stride, self.boxes)
+
+    def box_loss(self, loss: BoxLoss) -> Tensor:
+        """(P,) of what the loss compares, with graph."""
+        return loss(self.raw, self.raw_target) if loss.on == "raw" else loss(self.decoded, self.boxes)
 
     @cached_property
     def iou(self) -> Tensor:

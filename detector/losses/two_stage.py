@@ -82,7 +82,7 @@ class TwoStageCriterionConfig(CriterionConfig):
     def uses_quality(self) -> bool:
         return False
 
-    def objection(self, coder: Coder) -> str | None:
+    def objection(self, coder: Coder, initial: Coder | None = None) -> str | None:
         return None
 
     def build(self, assigner: Assigner | None, num_classes: int) -> TwoStageCriterion:
@@ -130,7 +130,7 @@ class TwoStageCriterion(nn.Module):
         count = _count(found)
         targets = class_targets(found, objects.labels, 1)
         pairs = Pairs.gather(outputs, objects, found)
-        each = box(pairs.raw, pairs.raw_target) if box.on == "raw" else box(pairs.decoded, pairs.boxes)
+        each = pairs.box_loss(box)
         for_class = classification.weight * classification(outputs.class_logits, targets)
         return for_class / count, box.weight * (each * pairs.weight).sum() / count, found
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from detector.config.node import Node, default_type
+from detector.config.node import Node
+from detector.models.any_head import AnyHead
 from detector.models.backbones import Backbone, BackboneConfig
 from detector.models.dense_head import DenseHeadConfig, GridHead
 from detector.models.fpn import Fpn, FpnConfig
 from detector.models.quality_encoder import QualityEncoder, QualityEncoderConfig
-from detector.models.task_aligned_head import TaskAlignedHeadConfig
 from detector.structures import Objects, Outputs
-
-AnyHead = Annotated[DenseHeadConfig | TaskAlignedHeadConfig, Field(discriminator="type"), default_type("dense")]
 
 
 class DenseConfig(Node):
-    """RetinaNet, FCOS, ATSS, GFL, TOOD and what lies between them."""
+    """RetinaNet, FCOS, ATSS, GFL, VarifocalNet, TOOD and what lies between them."""
 
     type: Literal["dense"] = "dense"
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)

@@ -33,6 +33,11 @@ class HeadConfig(Node):
         """What the boxes of the outputs are said in."""
         return self.coder
 
+    @property
+    def initial_coder(self) -> Coder | None:
+        """What the boxes before refinement are said in; None: the head does not refine."""
+        return None
+
     @abstractmethod
     def build(self, in_channels: int, strides: Sequence[int], num_classes: int) -> nn.Module:
         """For maps of `in_channels` and these strides, fine to coarse."""

@@ -12,23 +12,18 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from detector.boxes import full_precision
 from detector.coders import AnyCoder, Coder, Distances
+from detector.models.corrections import SIGNED, geometric_mean, look_up
 from detector.models.dense_head import GridHead, TowerLayer, flat
 from detector.models.heads import HeadConfig, initialise, say
 from detector.models.layers import conv2d
 from detector.structures import Outputs
 
-# A box that was looked up elsewhere need not hold the prior's centre, so its distances may be negative.
-SIGNED = Distances(activation="none")
-
 ATTENTION_WIDTH = 8  # the attention's hidden layer is so many times narrower than the tower's layers together
 ALIGNMENT_WIDTH = 4  # the alignment's hidden layer is so many times narrower than the tower
-CERTAIN = -1e-30  # log of the highest score, so that its logit is finite
 
 
 class TaskAlignedHeadConfig(HeadConfig):
@@ -136,28 +131,3 @@ class TaskAlignedHead(GridHead):
             quality_logits=torch.cat(qualities, dim=1).squeeze(-1) if qualities else None,
             coder=SIGNED,
         )
-
-
-def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
-    """Broadcasting logits -> float32 logit of sqrt(sigmoid(a) sigmoid(b)), exact where scores are near 0 or 1."""
-    log_score = -(F.softplus(-full_precision(a)) + F.softplus(-full_precision(b))) / 2
-    log_score = log_score.clamp(max=CERTAIN)
-    return log_score - (-torch.expm1(log_score)).log()
-
-
-def look_up(boxes: Tensor, offsets: Tensor) -> Tensor:
-    """Each side of each box read at another place of its map: (B, H W A, 4), (B, A 8, H, W) -> (B, H W A, 4) float32.
-
-    offsets: cells x, y for the left side of a cell's first prior, for its top, and so on.
-    """
-    batch, numbers, height, width = offsets.shape
-    sides = numbers // 2
-    maps = boxes.view(batch, height, width, sides).permute(0, 3, 1, 2).reshape(batch * sides, 1, height, width)
-    shift = offsets.to(boxes.dtype).reshape(batch * sides, 2, height, width)
-    x = torch.arange(width, device=offsets.device) + shift[:, 0]
-    y = torch.arange(height, device=offsets.device)[:, None] + shift[:, 1]
-    place = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)  # as grid_sample counts
-    found = F.grid_sample(maps, place, mode="bilinear", padding_mode="border", align_corners=False)
-    found = found.view(batch, sides, height, width).permute(0, 2, 3, 1).reshape(boxes.shape)
-    upright = (found[..., 2:] >= found[..., :2]).all(-1, keepdim=True)
-    return torch.where(upright, found, boxes)

@@ -69,40 +69,34 @@ def test_gfl(golden) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_vfnet(golden) -> None:  # type: ignore[no-untyped-def]
-    """Its two stages of boxes are two heads here: the class target and the refined box loss come from the second.
+    """Class target and box loss come from the refined boxes, another loss from those before.
 
-    Boxes are divided by the sum of their IoUs, at least 1, which is `normalize_box_weights`; the peer's IoUs are at
+    Both are divided by the sum of their own IoUs, at least 1, which is `normalize_box_weights`; the peer's IoUs are at
     least 1e-6, ours can be 0.
     """
     data = golden("head_vfnet")
     setup = data.scenario("setup")
     priors = golden_priors({k: v for k, v in setup.items() if k != "points"}, 8, offset=0)
     pixels = replace(priors, stride=torch.ones_like(priors.stride))
-
-    def config(weight: float) -> DenseCriterionConfig:
-        return DenseCriterionConfig(
-            classification=Varifocal(),
-            class_target="iou",
-            box=Giou(weight=weight),
-            box_weighting="iou",
-            normalize_box_weights=True,
-        )
-
+    config = DenseCriterionConfig(
+        classification=Varifocal(),
+        class_target="iou",
+        box=Giou(weight=2),
+        initial_box=Giou(weight=1.5),
+        box_weighting="iou",
+        normalize_box_weights=True,
+    )
     for s in scenarios(data):
         classes = s["in_cls"].requires_grad_()
         first, refined = s["in_box"].requires_grad_(), s["in_box_refined"].requires_grad_()
         objects = golden_objects(s)
         assignment = Atss()(priors, objects)
-        positive = (s["t_labels"] < 5).sum()
-        assert (assignment.weight > 0).sum() == positive
+        assert (assignment.weight > 0).sum() == (s["t_labels"] < 5).sum()
         coder = Distances(activation="none")
-        initial = config(1.5).build(given(assignment), 5)(Outputs(pixels, classes, first, None, coder), objects)
-        final = config(2).build(given(assignment), 5)(Outputs(pixels, classes, refined, None, coder), objects)
-        parts = {
-            "cls": final.parts["class"],
-            "bbox": initial.parts["box"],
-            "bbox_rf": final.parts["box"],
-        }
+        initial = Outputs(pixels, classes, first, None, coder)
+        outputs = Outputs(pixels, classes, refined, None, coder, initial)
+        found = config.build(given(assignment), 5)(outputs, objects).parts
+        parts = {"cls": found["class"], "bbox": found["initial_box"], "bbox_rf": found["box"]}
         check(parts, s, {"cls": classes, "box": first, "box_refined": refined})
 
 

@@ -238,7 +238,7 @@ def test_another_rule_trains_the_encoder_too() -> None:
     criterion.assigner = Atss()
     losses: Losses = criterion(outputs, objects)
     plainly: Losses = IqDetCriterionConfig().dense.build(Atss(), 3)(outputs, objects)
-    assert float(losses.sums["class"]) == float(plainly.sums["class"])
+    assert losses.sums["class"].item() == plainly.sums["class"].item()
     losses.total.backward()
     assert outputs.mixture.grad.abs().sum() > 0  # type: ignore[union-attr]
 
@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_named() -> None:
         IqDetCriterionConfig().build(None, 3)
     with pytest.raises(ValueError, match="set points=rounded"):
         IqDetCriterionConfig(dense=DenseCriterionConfig(quality=Objectness()))
-    with pytest.raises(ConfigError, match="3 class logits a prior, the criterion expects 5"):
+    with pytest.raises(ConfigError, match="3 class logits a prior, criterion expects 5"):
         IqDetCriterionConfig(dense=DenseCriterionConfig(quality=QualityBce())).build(IqDet(), 5)(
             with_mixture(some_outputs(), some_objects()), some_objects()
         )

@@ -19,10 +19,11 @@ from detector.losses.free_anchor import FreeAnchorConfig
 from detector.losses.quality import QualityBce
 from detector.losses.regression import Giou
 from detector.losses.soft import QualityFocal
+from detector.models.corrections import geometric_mean, look_up
 from detector.models.dense import DenseConfig
 from detector.models.fold import fold_batch_norm
 from detector.models.priors import Anchors, Points
-from detector.models.task_aligned_head import TaskAlignedHead, TaskAlignedHeadConfig, geometric_mean, look_up
+from detector.models.task_aligned_head import TaskAlignedHead, TaskAlignedHeadConfig
 from detector.structures import Objects
 
 STRIDES, SIZES = (8, 16, 32), ((6, 7), (3, 4), (1, 2))

@@ -133,6 +133,12 @@ class Analysis:
                 f"{facts.name}: {lost:.1%} of the objects overlap another of their class by more than {NMS_IOU}: NMS at"
                 " that IoU cannot keep both (raise decode.nms_iou, or look whether they are annotated twice)"
             )
+        enlarged = float(np.median(np.sqrt(self.splits[0].scale(self.settings.resize).prod(1))))
+        if enlarged > advice.MOST_ENLARGED:
+            found.append(
+                f"{facts.name}: the resize enlarges the median image {enlarged:.1f} times, which costs time and adds no"
+                " detail: see the advice"
+            )
         side = np.sqrt(self.splits[0].resized_sides(self.settings.resize).prod(1))
         finest = self.settings.strides[0]
         tiny = float((side < finest).mean())

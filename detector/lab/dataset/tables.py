@@ -159,9 +159,17 @@ def reach(found: Analysis) -> Table:
     for r in found.reach:
         by_size = [f"{r.by_size[n]:.1%}" if n in r.by_size else "–" for n in names]
         rows.append((r.priors, r.rule, f"{r.recall:.1%}", *by_size, _number(r.positives)))
-    return Table(f"Best possible recall: objects that some prior learns ({found.reach_images} images of"
-                 f" {found.splits[0].name}); by side after the resize",
-                 ("priors", "rule", "all", *names, "positives an object"), tuple(rows))  # fmt: skip
+    columns = ("priors", "rule", "all", *names, "positives an object")
+    return Table("The same by the objects' side after the resize, and how many priors learn each", columns, tuple(rows))
+
+
+def reach_by_rule(found: Analysis) -> Table:
+    sets = list(dict.fromkeys(r.priors for r in found.reach))
+    recall = {(r.rule, r.priors): f"{r.recall:.1%}" for r in found.reach}
+    rules = dict.fromkeys(r.rule for r in found.reach)
+    return Table(f"Best possible recall: share of the objects in {found.reach_images} images of {found.splits[0].name}"
+                 " that some prior learns", ("rule", *sets),
+                 tuple((rule, *(recall[rule, name] for name in sets)) for rule in rules))  # fmt: skip
 
 
 def advised(found: Analysis) -> Table:
@@ -216,7 +224,7 @@ def sections(found: Analysis) -> dict[str, list[Table]]:
         ("Overlap", [lambda: overlap(found)]),
         ("Images", [lambda: images(found)]),
         ("Anchors", [lambda: anchors(found), lambda: anchor_sizes(found)]),
-        ("Rules", [lambda: reach(found)]),
+        ("Rules", [lambda: reach_by_rule(found), lambda: reach(found)]),
     ]
     made = {"Splits": [overview(found)]} | {name: [make() for make in makers] for name, makers in every}
     if pairs.rows:

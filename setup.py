@@ -18,7 +18,8 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["detector", "detector.*"]), *recipe_packages],
     package_dir=recipe_packages,
-    package_data={name: ["*.yaml", "*.json"] for name in recipe_packages} | {"detector": ["py.typed", "lab/*.html"]},
+    package_data={name: ["*.yaml", "*.json"] for name in recipe_packages}
+    | {"detector": ["py.typed", "lab/*.html", "lab/dataset/*.html"]},
     install_requires=[
         "albumentations>=2.0.8,<2.1",
         "hotcoco>=1.3,<2",
@@ -55,6 +56,7 @@ setup(
             "detector-train=detector.cli.train:main",
             "detector-eval=detector.cli.eval:main",
             "detector-predict=detector.cli.predict:main",
+            "detector-analyze-data=detector.cli.analyze_data:main",
             "detector-browse-data=detector.cli.browse_data:main",
             "detector-check-data=detector.cli.check_data:main",
             "detector-make-shapes=detector.cli.make_shapes:main",

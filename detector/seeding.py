@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 # The first word of every derivation says what the numbers are for, so that no two uses share a stream.
-ORDER, SAMPLE, STEP, SIZE, INIT, SYNTHETIC = range(6)
+ORDER, SAMPLE, STEP, SIZE, INIT, SYNTHETIC, ANALYSIS = range(7)
 
 
 def generator(seed: int, *words: int) -> np.random.Generator:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detector.cli.common import run_command
+from detector.cli.common import Progress, run_command
 
 if TYPE_CHECKING:
     from detector.data.findings import Report
@@ -43,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
 
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the report says it, in better words
     depth = Depth.NONE if options.no_images else Depth.QUICK if options.quick else Depth.FULL
-    with _Progress() as progress:
+    with Progress() as progress:
         report, document = check(options.annotations, options.images, depth, progress.start)
     _show(report)
     fixed = False
@@ -57,25 +56,6 @@ def _run(options: argparse.Namespace) -> int:
         summary = {"annotations": str(options.annotations), "fixed": str(options.fix) if fixed else None}
         options.json.write_text(json.dumps(summary | report.as_json(), indent=1) + "\n", encoding="utf-8")
     return 2 if report.errors and not fixed else 0
-
-
-class _Progress:
-    """A bar on a terminal, gone when done."""
-
-    def __enter__(self) -> _Progress:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.bar = Progress(transient=True, console=Console(stderr=True))
-        self.bar.start()
-        return self
-
-    def start(self, images: int) -> Callable[[], None]:
-        task = self.bar.add_task("images", total=images)
-        return lambda: self.bar.advance(task)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
 
 def _show(report: Report) -> None:

@@ -36,3 +36,22 @@ def run_command(function: Callable[[], int | None]) -> int:
 def _say(text: str) -> None:
     sys.stdout.flush()  # so that the error comes last also where both streams end in one file
     print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A bar on a terminal, gone when done."""
+
+    def __enter__(self) -> Progress:
+        from rich import progress
+        from rich.console import Console
+
+        self.bar = progress.Progress(transient=True, console=Console(stderr=True))
+        self.bar.start()
+        return self
+
+    def start(self, images: int) -> Callable[[], None]:
+        task = self.bar.add_task("images", total=images)
+        return lambda: self.bar.advance(task)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()

@@ -41,7 +41,7 @@ def differences(rows: Sequence[tuple[str, Comparison]], metric: str, reference: 
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlabel(f"{metric} minus that of {reference}, points of 100\ngrey: smaller than the study can see")
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def bands(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], label: str, log: bool = False) -> str:
@@ -63,7 +63,7 @@ def bands(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], label: 
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     _legend(axes, len(curves))
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def bars(
@@ -85,7 +85,7 @@ def bars(
     )
     axes.set_ylabel(label)
     _legend(axes, len(arms))
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def radar(groups: Mapping[str, Mapping[str, Spread]], arms: Sequence[str], factor: float = 100.0) -> str:
@@ -100,7 +100,7 @@ def radar(groups: Mapping[str, Mapping[str, Spread]], arms: Sequence[str], facto
     axes.set_xticks(angles, names)
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def heat(groups: Mapping[str, Mapping[str, Spread]], arms: Sequence[str], factor: float = 100.0) -> str:
@@ -120,7 +120,7 @@ def heat(groups: Mapping[str, Mapping[str, Spread]], arms: Sequence[str], factor
                       color="white" if dark else "black")  # fmt: skip
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_yticks(range(len(arms)), list(arms))
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -136,7 +136,7 @@ def _legend(axes: Axes, arms: int) -> None:
         axes.figure.legend(loc="outside upper center", ncols=min(5, arms), frameon=False, fontsize=9)
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
     """To be put into a page: no XML header, ids that no other plot has, as wide as there is room."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "detector", "font.family": "sans-serif"}):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from detector.cli.compare import main
+from tests.lab.browsing import browser as browser
 
 RECIPE = """
 data:

@@ -21,6 +21,7 @@ setup(
     package_data={name: ["*.yaml", "*.json"] for name in recipe_packages} | {"detector": ["py.typed", "lab/*.html"]},
     install_requires=[
         "albumentations>=2.0.8,<2.1",
+        "defusedxml>=0.7.1",
         "hotcoco>=1.3,<2",
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -48,6 +49,7 @@ setup(
             "ruff>=0.9",
             "selenium>=4.20",
             "types-PyYAML",
+            "types-defusedxml",
         ],
     },
     entry_points={
@@ -58,6 +60,7 @@ setup(
             "detector-browse-data=detector.cli.browse_data:main",
             "detector-check-data=detector.cli.check_data:main",
             "detector-make-shapes=detector.cli.make_shapes:main",
+            "detector-convert-data=detector.cli.convert_data:main",
             "detector-config=detector.cli.config:main",
             "detector-convert-weights=detector.cli.convert_weights:main",
             "detector-compare=detector.cli.compare:main",

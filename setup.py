@@ -61,6 +61,7 @@ setup(
             "detector-check-data=detector.cli.check_data:main",
             "detector-make-shapes=detector.cli.make_shapes:main",
             "detector-convert-data=detector.cli.convert_data:main",
+            "detector-split-data=detector.cli.split_data:main",
             "detector-config=detector.cli.config:main",
             "detector-convert-weights=detector.cli.convert_weights:main",
             "detector-compare=detector.cli.compare:main",

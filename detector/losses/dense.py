@@ -94,7 +94,7 @@ class DenseCriterion(nn.Module):
     Sums `class`, `box` and, where asked for, `distribution` and `quality`.  All are divided by the one normaliser.
     That includes weighted box losses, which the authors' codes divide by the sum of the weights instead.  For
     centerness that is smaller by a nearly constant factor (about 0.6), for `box.weight` to absorb; weights that grow
-    while the network learns want `normalize_box_weights`.
+    while the network learns want `normalize_box_weights`.  Objects' own weights: docs/conversion.md.
 
     Everything is float32 with autocast off, without synchronisation with the device.  A batch without objects or pairs
     gives box and quality losses of exactly 0 that still hang on the graph.
@@ -113,6 +113,8 @@ class DenseCriterion(nn.Module):
         with torch.autocast(outputs.class_logits.device.type, enabled=False):
             predictions = outputs.detached() if self.assigner.uses_predictions else None
             assignment = self.assigner(outputs.priors, objects, predictions)
+            if objects.weight is not None:
+                assignment = replace(assignment, object_weight=objects.weight[assignment.object])
             pairs = Pairs.gather(outputs, objects, assignment)
             learnt = replace(assignment, quality=self._class_target(assignment, pairs))
             return Losses(

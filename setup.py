@@ -62,6 +62,7 @@ setup(
             "detector-make-shapes=detector.cli.make_shapes:main",
             "detector-convert-data=detector.cli.convert_data:main",
             "detector-split-data=detector.cli.split_data:main",
+            "detector-pseudo-label=detector.cli.pseudo_label:main",
             "detector-config=detector.cli.config:main",
             "detector-convert-weights=detector.cli.convert_weights:main",
             "detector-compare=detector.cli.compare:main",

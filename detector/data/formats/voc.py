@@ -63,10 +63,10 @@ class Voc:
         files = sorted(folder.rglob("*.xml")) if listed is None else _listed(folder, listed)
         if not files:
             raise DataError(f"{folder}: holds no .xml file, expected VOC's annotations")
-        entries = [entry for path in files if (entry := self._entry(path, images, problems)) is not None]
+        entries = [entry for path in files if (entry := self._entry(path, folder, images, problems)) is not None]
         return Source(entries, images)
 
-    def _entry(self, path: Path, images: Path, problems: Problems) -> Entry | None:
+    def _entry(self, path: Path, folder: Path, images: Path, problems: Problems) -> Entry | None:
         try:
             root = ET.fromstring(path.read_bytes())
         except FileNotFoundError:
@@ -92,7 +92,8 @@ class Voc:
             problems.add("image", f"{path}: {error}")
             return None
         objects = root.findall("object")
-        return Entry(str(path), _image(root, path, images), size, partial(self._objects, path, objects))
+        beside = images / path.parent.relative_to(folder)  # subfolders are those of the XML files, or there are none
+        return Entry(str(path), _image(root, path, (beside, images)), size, partial(self._objects, path, objects))
 
     def _objects(self, path: Path, elements: Sequence[Element], size: Size, problems: Problems) -> list[Object]:
         found = []
@@ -128,14 +129,14 @@ def _listed(folder: Path, listed: Path) -> list[Path]:
     return [folder / f"{name.removesuffix('.xml')}.xml" for name in dict.fromkeys(names)]
 
 
-def _image(root: Element, path: Path, images: Path) -> Path:
+def _image(root: Element, path: Path, folders: Sequence[Path]) -> Path:
     """The file that <filename> names; where that has no suffix or does not exist, the one named as the XML file."""
     name = Path((root.findtext("filename") or "").strip().replace("\\", "/")).name
     candidates = [name] if Path(name).suffix else []
     stems = dict.fromkeys(stem for stem in (name, path.stem) if stem)
     candidates += [stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES]
-    existing = next((images / c for c in candidates if (images / c).is_file()), None)
-    return existing or images / (name or path.stem)
+    existing = next((f / c for f in folders for c in candidates if (f / c).is_file()), None)
+    return existing or folders[0] / (name or path.stem)
 
 
 def _size(root: Element) -> Size | None:

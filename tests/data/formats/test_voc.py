@@ -50,6 +50,20 @@ def test_edges_and_difficult(tmp_path: Path) -> None:
     assert len(load(tmp_path / "b" / "annotations" / "train.json", tmp_path / "b" / "images")["annotations"]) == 1
 
 
+def test_subfolders_and_names_without_suffix(tmp_path: Path) -> None:
+    source = voc(tmp_path / "voc", CAT, DOG)
+    images = tmp_path / "voc" / "JPEGImages"
+    for k in (0, 1):
+        (source / f"{k}").mkdir()
+        (source / f"{k}.xml").rename(source / f"{k}" / "a.xml")
+        image(images / f"{k}" / "a.png")
+        text = (source / f"{k}" / "a.xml").read_text()
+        (source / f"{k}" / "a.xml").write_text(text.replace(f"{k}.jpg", "a"))
+    assert convert("voc", source, "--out", tmp_path / "out") == 0
+    document = load(tmp_path / "out" / "annotations" / "train.json", tmp_path / "out" / "images")
+    assert [(t[0], t[1]) for t in things(document)] == [("0/a.png", "cat"), ("1/a.png", "dog")]
+
+
 def test_a_list_names_the_split(tmp_path: Path, capsys: Any) -> None:
     source = voc(tmp_path / "voc", CAT, DOG, CAT)
     listed = tmp_path / "val.txt"

@@ -22,6 +22,7 @@ setup(
     | {"detector": ["py.typed", "lab/*.html", "lab/dataset/*.html"]},
     install_requires=[
         "albumentations>=2.0.8,<2.1",
+        "defusedxml>=0.7.1",
         "hotcoco>=1.3,<2",
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -49,6 +50,7 @@ setup(
             "ruff>=0.9",
             "selenium>=4.20",
             "types-PyYAML",
+            "types-defusedxml",
         ],
     },
     entry_points={
@@ -60,6 +62,9 @@ setup(
             "detector-browse-data=detector.cli.browse_data:main",
             "detector-check-data=detector.cli.check_data:main",
             "detector-make-shapes=detector.cli.make_shapes:main",
+            "detector-convert-data=detector.cli.convert_data:main",
+            "detector-split-data=detector.cli.split_data:main",
+            "detector-pseudo-label=detector.cli.pseudo_label:main",
             "detector-config=detector.cli.config:main",
             "detector-convert-weights=detector.cli.convert_weights:main",
             "detector-compare=detector.cli.compare:main",

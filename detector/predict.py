@@ -72,10 +72,13 @@ class Detector:
         decode_config: DecodeConfig,
         device: torch.device,
         precision: Precision,
+        category_ids: Sequence[int] | None = None,
     ) -> None:
         self.classes = tuple(classes)
+        self.category_ids = tuple(range(1, len(classes) + 1) if category_ids is None else category_ids)
         self.device, self.precision = device, precision
-        self._resize, self._pad_multiple, self._decode = resize, pad_multiple, decode_config
+        self.decode_config = decode_config
+        self._resize, self._pad_multiple = resize, pad_multiple
         self._model: nn.Module = fold_batch_norm(model).to(device=device, dtype=DTYPES[precision])
 
     @overload
@@ -100,7 +103,7 @@ class Detector:
         batch = collate(samples, pad_multiple=self._pad_multiple, canvas=self._resize.canvas()).to(self.device)
         outputs = self._model(batch.images, sizes=batch.sizes)
         outputs = replace(outputs, box_raw=outputs.box_raw.float())  # coordinates need more digits than half has
-        found = to_original(decode(outputs, batch.sizes, self._decode), batch)
+        found = to_original(decode(outputs, batch.sizes, self.decode_config), batch)
         return [self._named(detections.cpu()) for detections in found]
 
     def _named(self, found: Detections) -> Found:
@@ -114,19 +117,22 @@ def load(
     precision: Precision | None = None,
     threshold: float | None = None,
     weights: str = "ema",
+    overrides: Sequence[str] = (),
 ) -> Detector:
     """A detector from a checkpoint of training.
 
     `device`: "auto" takes a GPU where there is one.  `precision`: fp32, bf16 or fp16; by default fp16 on a GPU and fp32
     elsewhere.  `threshold`: the least score of a detection; by default the configuration's `decode.score_threshold`.
-    `weights`: "ema", the averaged ones where training averaged, or "raw".
+    `weights`: "ema", the averaged ones where training averaged, or "raw".  `overrides`: `key=value` of the
+    configuration, such as decode.nms_iou=0.5.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not a checkpoint of this program.
+        ConfigError: an override is wrong.
         DeviceError: this machine does not have the device.
     """
     place = find_device(str(device))
-    restored = restore(Path(path), weights)
+    restored = restore(Path(path), weights, overrides)
     config = restored.config
     scores = config.decode
     if threshold is not None:
@@ -139,6 +145,7 @@ def load(
         decode_config=scores,
         device=place,
         precision=precision or ("fp16" if place.type == "cuda" else "fp32"),
+        category_ids=restored.category_ids,
     )
 
 
@@ -150,6 +157,7 @@ class Restored:
     classes: tuple[str, ...]
     config: RunConfig
     averaged: bool  # whether these are the averaged weights
+    category_ids: tuple[int, ...] | None = None  # of the annotation file, by label; None where the file tells none
 
 
 def restore(path: Path, weights: str = "ema", overrides: Sequence[str] = ()) -> Restored:
@@ -178,7 +186,8 @@ def restore(path: Path, weights: str = "ema", overrides: Sequence[str] = ()) -> 
             f"{path}: its weights do not fit the network of its configuration ({reason}); was it changed, or written by"
             " another version?"
         ) from None
-    return Restored(model.eval(), classes, config, averaged)
+    ids = content["category_ids"]
+    return Restored(model.eval(), classes, config, averaged, None if ids is None else tuple(ids))
 
 
 def as_array(image: AnyImage) -> np.ndarray:

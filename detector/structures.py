@@ -98,6 +98,7 @@ class Objects:
     ignore_image: Tensor  # (I,) int64
     batch_size: int  # B
     sizes: Tensor | None = None  # (B, 2) float32 true height, width of each image without the batch's padding
+    weight: Tensor | None = None  # (N,) float32 how much each counts in the losses, 0 or more; None means 1
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -138,6 +139,7 @@ class Objects:
             ignore_image=torch.zeros_like(self.ignore_image[ignored]),
             batch_size=1,
             sizes=None if self.sizes is None else self.sizes[i : i + 1],
+            weight=None if self.weight is None else self.weight[mine],
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Objects:
@@ -209,6 +211,7 @@ class Assignment:
     # A rule that gives `background_weight` says whether its weights hold already how wrong the head is (DW: True), so
     # that the class loss leaves its focal factor out, or do not (Gaussian negatives: False).
     modulated: bool | None = None
+    object_weight: Tensor | None = None  # (P,) float32 the object's own weight, set by the criterion; None means 1
 
     def per_prior(self) -> Tensor:
         """(B, R) int64, the exclusive view: an object's index, BACKGROUND or IGNORED.  For tests and pictures."""

@@ -102,12 +102,7 @@ def cells_near(table: Kinds, window: Windows, centers: Tensor, chosen: Tensor) -
     centers: (N, 2).  chosen: (N, J) which kinds.  A window that sticks out of the grid is moved inside: it loses
     nothing, as it only leaves out cells that do not exist.
     """
-    stride, offset, columns, rows = (
-        table.stride[chosen],
-        table.offset[chosen],
-        table.columns[chosen],
-        table.rows[chosen],
-    )
+    stride, offset, columns, rows = (t[chosen] for t in (table.stride, table.offset, table.columns, table.rows))
     width, height, reach = window.width[chosen], window.height[chosen], window.reach[chosen]
     lowest = (centers[:, None] / stride[..., None] - offset[..., None] - reach).ceil().long()
     left = torch.minimum(lowest[..., 0].clamp(min=0), columns - width)[..., None]
@@ -336,10 +331,8 @@ class Owners:
     def offer_rows(self, part: slice, score: Tensor, valid: Tensor) -> None:
         """The objects of `part` ask for all priors of their image in order, (n, R): as `offer`, by whole rows."""
         image = self.image[part]
-        index, owner = (
-            image[:, None].expand_as(score),
-            torch.arange(part.start, part.stop, device=score.device)[:, None],
-        )
+        index = image[:, None].expand_as(score)
+        owner = torch.arange(part.start, part.stop, device=score.device)[:, None]
         score = score.where(valid, -torch.inf)
         table, objects = self.score.view(self.shape), self.object.view(self.shape)
         before = table[image]

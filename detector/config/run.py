@@ -14,6 +14,7 @@ from detector.assign import Rule
 from detector.assign.atss import Atss
 from detector.config.node import Node
 from detector.data.config import Data
+from detector.data.mosaic import Mixup
 from detector.data.transforms import Transform
 from detector.decode import DecodeConfig
 from detector.evaluate.config import EvaluateConfig
@@ -66,6 +67,16 @@ class RunConfig(Node):
             raise ValueError(f"criterion.type {kind!r} needs a rule of label assignment: set assigner")
         if not self.criterion.uses_assigner and self.assigner is not None:
             raise ValueError(f"criterion.type {kind!r} matches priors to objects by itself: set assigner=null")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_where_they_count(self) -> RunConfig:
+        weighing = next((i for i, step in enumerate(self.augment) if isinstance(step, Mixup) and step.weights), None)
+        if weighing is not None and self.criterion.type != "dense":
+            raise ValueError(
+                f"augment.{weighing}.weights is true, but criterion.type {self.criterion.type!r} does not know weights"
+                " of single objects: set it to false, or criterion.type=dense"
+            )
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from detector.data.geometry import joined_weights
 from detector.data.sample import Sample
 from detector.structures import Batch, Objects
 
@@ -84,6 +85,9 @@ def _objects(samples: Sequence[Sample]) -> Objects:
         "ignore_image": np.repeat(places, [len(s.crowd) for s in samples]),
         "sizes": np.array([s.image.shape[:2] for s in samples], dtype=np.float32),
     }
+    weight = joined_weights(samples)
+    if weight is not None:
+        truth["weight"] = weight
     return Objects(batch_size=len(samples), **{name: torch.from_numpy(array) for name, array in truth.items()})
 
 
@@ -106,7 +110,8 @@ def _allocate(shape: tuple[int, int, int, int]) -> torch.Tensor:
 def _send(batch: Batch) -> tuple[Any, ...]:
     fields = {name: getattr(batch, name) for name in ("ids", "original_sizes", "scale", "offset")}
     objects = batch.objects
-    truth = {name: getattr(objects, name) for name in ("boxes", "labels", "image", "ignore", "ignore_image", "sizes")}
+    names = ("boxes", "labels", "image", "ignore", "ignore_image", "sizes", "weight")
+    truth = {name: tensor for name in names if (tensor := getattr(objects, name)) is not None}
     arrays = [{name: tensor.numpy() for name, tensor in group.items()} for group in (fields, truth)]
     return _receive, (batch.images.permute(0, 2, 3, 1), *arrays, batch.failures)
 

@@ -76,6 +76,7 @@ class CocoData:
             boxes=index.boxes[objects],
             labels=index.labels[objects].astype(np.int64),
             rows=objects,
+            weight=None if index.weight is None else index.weight[objects],
             crowd=index.boxes[regions],
             image_id=int(index.image_ids[i]),
             original_size=(height, width),

@@ -83,7 +83,7 @@ class CopyPaste(Combination):
         outlines = Outlines(tuple(chosen.values()), maps, np.full(len(chosen), self.by == "mask"))
         boxes = bounds * np.tile(np.diag(matrix)[:2], 2) + np.tile(matrix[:2, 2], 2)
         boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], 1)
-        pasted = _objects(sample, outlines, boxes, other.labels[places], other.rows[places])
+        pasted = _objects(sample, outlines, boxes, other, places)
         pasted, cover = rasterize(keep_visible(pasted, self.visible), window)
         if len(pasted.boxes) == 0:
             return sample
@@ -150,7 +150,7 @@ class SmallCopyPaste(Augmentation):
         true = np.array([_has_mask(sample, i) for i in places.tolist()])
         outlines = Outlines(tuple(s for _, s, _ in pasted), np.stack([m for _, _, m in pasted]), true)
         boxes = np.array([outlines.extent(i) for i in range(len(pasted))])
-        more = _objects(sample, outlines, boxes, sample.labels[places], sample.rows[places])
+        more = _objects(sample, outlines, boxes, sample, places)
         return added(replace(sample, image=image), keep_visible(more, 0.0))
 
     def _small(self, sample: Sample) -> np.ndarray:
@@ -189,10 +189,16 @@ class SmallCopyPaste(Augmentation):
         return np.asarray(shift(*(corner - box[:2])) @ matrix)
 
 
-def _objects(sample: Sample, outlines: Outlines, boxes: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Sample:
-    """The sample's image with no other truth than these objects."""
+def _objects(sample: Sample, outlines: Outlines, boxes: np.ndarray, source: Sample, places: np.ndarray) -> Sample:
+    """The sample's image with no other truth than some objects of `source`, at other boxes."""
     return replace(
-        sample, boxes=boxes.astype(np.float32), labels=labels, rows=rows, crowd=sample.crowd[:0], outlines=outlines
+        sample,
+        boxes=boxes.astype(np.float32),
+        labels=source.labels[places],
+        rows=source.rows[places],
+        weight=None if source.weight is None else source.weight[places],
+        crowd=sample.crowd[:0],
+        outlines=outlines,
     )
 
 

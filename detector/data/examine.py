@@ -222,6 +222,7 @@ class _Annotations:
             return None
         entry["bbox"] = box
         self.area(entry, size, where)
+        self.weight(entry, where)
         self.number(entry, at, where)
         key = (image_id, category_id, entry["iscrowd"], *box)
         if key in self.seen:
@@ -332,6 +333,12 @@ class _Annotations:
             entry["area"] = float(masks.area(entry["segmentation"], size))
         else:
             entry["area"] = float(entry["bbox"][2] * entry["bbox"][3])
+
+    def weight(self, entry: Entry, where: str) -> None:
+        weight = entry.get("weight")
+        if weight is not None and not (is_number(weight) and 0 <= weight < math.inf):
+            self.report.add("weight", f"{where}: weight {found(entry, 'weight')}")
+            del entry["weight"]
 
     def judge_all(self) -> None:
         """What shows only over all annotations."""

@@ -65,6 +65,7 @@ KINDS: dict[str, Kind] = {
         _W, 'annotation id 0, which pycocotools takes for "not found"', "the annotation gets a new id"
     ),
     "area": Kind(_W, "an area that is negative or no number", "taken from the mask, else from the box"),
+    "weight": Kind(_E, "a weight that is negative or no number", "taken out, which is a weight of 1"),
     "missing-area": Kind(_N, "`area` is missing (training takes the box's)", "taken from the mask, else from the box"),
     "missing-iscrowd": Kind(_N, "`iscrowd` is missing (training takes 0)", "set to 0"),
     "box-under-one-pixel": Kind(_N, "a box narrower or lower than one pixel", None),

@@ -5,6 +5,7 @@ Pixel edges: an image of width w covers 0..w, so resizing to w' multiplies by w'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -60,8 +61,19 @@ def take(sample: Sample, kept: np.ndarray) -> Sample:
         boxes=sample.boxes[kept],
         labels=sample.labels[kept],
         rows=sample.rows[kept],
+        weight=None if sample.weight is None else sample.weight[kept],
         outlines=None if sample.outlines is None else sample.outlines.take(kept),
     )
+
+
+def joined_weights(parts: Sequence[Sample]) -> np.ndarray | None:
+    """(n,) of the objects of all parts, 1 where a part has none; None where no part has any."""
+    return None if all(part.weight is None for part in parts) else np.concatenate([weights(part) for part in parts])
+
+
+def weights(sample: Sample) -> np.ndarray:
+    """(n,) float32: how much each object counts."""
+    return np.ones(len(sample.boxes), dtype=np.float32) if sample.weight is None else sample.weight
 
 
 def _is_left(boxes: np.ndarray, whole: np.ndarray, visible: float, side: float) -> np.ndarray:

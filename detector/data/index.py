@@ -43,6 +43,7 @@ class CocoIndex:
     crowd: np.ndarray  # (m,) bool
     area: np.ndarray  # (m,) float64 pixels, as the file says: of the mask where there is one
     annotation_ids: np.ndarray  # (m,) int64
+    weight: np.ndarray | None  # (m,) float32: how much each counts in the losses; None where the file gives no weight
     annotated: bool  # False for a test set whose truth is not given
     notices: tuple[str, ...]  # what was filled in or left out, a sentence each
     names: bytes  # all file names, one after the other
@@ -180,6 +181,7 @@ def _from_document(document: Document, place: columns.Place, stamp: tuple[int, i
         crowd=crowd[rows],
         area=area[rows],
         annotation_ids=table.ids[rows],
+        weight=_weight(table, rows, place),
         annotated=document.annotated,
         notices=tuple(notices),
         names=b"".join(names),
@@ -239,6 +241,7 @@ class _Table:
     xywh: np.ndarray  # (m, 4) float64
     crowd: np.ndarray  # (m,) int8: 0, 1, or -1 where it is missing
     area: np.ndarray  # (m,) float64, NaN where it is missing
+    weight: np.ndarray  # (m,) float64, NaN where it is missing
     spans: np.ndarray  # (m, 2) int64: where the segmentation stands; 0 0 where there is none
 
     @classmethod
@@ -250,6 +253,7 @@ class _Table:
             xywh=columns.boxes(items, place),
             crowd=_given_crowd(items, place),
             area=columns.numbers(items, "area", "annotations", place),
+            weight=columns.numbers(items, "weight", "annotations", place),
             spans=_spans(items, spans, place),
         )
 
@@ -286,6 +290,17 @@ def _crowd(given: np.ndarray, notices: list[str]) -> np.ndarray:
     if missing:
         notices.append(f"`iscrowd` is missing in {missing} annotations; taken as 0")
     return given == 1
+
+
+def _weight(table: _Table, rows: np.ndarray, place: columns.Place) -> np.ndarray | None:
+    """(m,) float32 of the rows, 1 where the file does not say; None where it never does."""
+    given = ~np.isnan(table.weight)
+    with np.errstate(invalid="ignore"):
+        wrong = np.flatnonzero(given & ~((table.weight >= 0) & (table.weight < np.inf)))
+    if len(wrong):
+        i = wrong[0]
+        raise place.error(f"annotation id {table.ids[i]}: weight is {table.weight[i]:g}, expected 0 or more")
+    return np.where(given, table.weight, 1).astype(np.float32)[rows] if given.any() else None
 
 
 def _area(given: np.ndarray, xywh: np.ndarray, notices: list[str]) -> np.ndarray:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from detector.data.geometry import follow
+from detector.data.geometry import follow, weights
 from detector.data.pool import Pool
 from detector.data.sample import Sample
 from detector.data.steps import Combination, Extent, ScaleRange, Share, ShareRange
@@ -53,9 +53,11 @@ class Mosaic(Combination):
 
 
 class Mixup(Combination):
-    """The sample and another image shine through each other; the objects of both are kept at full weight.
+    """The sample and another image shine through each other; the objects of both are kept.
 
-    The sample keeps its shape; the other is scaled to fit it, times a drawn factor, and blended in where it lies.
+    The sample keeps its shape; the other is scaled to fit it, times a drawn factor, and blended in where it lies.  With
+    `weights` objects count in the losses as much as their image's share (Zhang et al., "Bag of Freebies for Training
+    Object Detection Neural Networks", arXiv:1902.04103, section 3.1), else in full.
     """
 
     type: Literal["mixup"] = "mixup"
@@ -64,6 +66,7 @@ class Mixup(Combination):
     scale: ScaleRange = Field((0.5, 1.5), description="of the other image; 1: it just fits into the sample")
     flip: Share = Field(0.5, description="how often the other image is mirrored")
     visible: Share = 0.3
+    weights: bool = Field(False, description="objects count as much as their image's share; needs criterion.type=dense")
 
     def __call__(self, sample: Sample, rng: np.random.Generator, pool: Pool) -> Sample:
         share = float(np.clip(rng.beta(self.alpha, self.alpha), *self.share))
@@ -77,7 +80,14 @@ class Mixup(Combination):
         image = sample.image.copy()
         window = image[down.at : down.at + down.size, across.at : across.at + across.size]
         window[:] = cv2.addWeighted(window, share, tile.image, 1 - share, 0)
-        return added(replace(sample, image=image), follow(tile, image, (1.0, 1.0), (across.at, down.at)))
+        sample = replace(sample, image=image)
+        if self.weights:
+            sample, tile = _weighed(sample, share), _weighed(tile, 1 - share)
+        return added(sample, follow(tile, image, (1.0, 1.0), (across.at, down.at)))
+
+
+def _weighed(sample: Sample, share: float) -> Sample:
+    return replace(sample, weight=weights(sample) * np.float32(share))
 
 
 def _lines(side: int, count: int, most: float, rng: np.random.Generator) -> list[int]:

@@ -99,6 +99,7 @@ class _Annotation(TypedDict, total=False):
     bbox: Any
     area: Any
     iscrowd: Any
+    weight: Any
     segmentation: Any
 
 

@@ -26,4 +26,5 @@ class Sample:
     original_size: tuple[int, int]  # height, width of the image as the annotations describe it
     scale: np.ndarray  # (2,) float32 x, y
     offset: np.ndarray  # (2,) float32 x, y
+    weight: np.ndarray | None = None  # (n,) float32: how much each object counts in the losses; None: 1
     outlines: Outlines | None = None  # the n objects' masks; None unless a step of the recipe uses them

@@ -155,6 +155,7 @@ class FromAlbumentations(Augmentation):
             boxes=boxes[objects],
             labels=sample.labels[place[objects]],
             rows=sample.rows[place[objects]],
+            weight=None if sample.weight is None else sample.weight[place[objects]],
             crowd=boxes[~objects],
             # Such a change need not be a scaling and a shift, so nothing leads back to original pixels.
             scale=np.full(2, np.nan, dtype=np.float32),

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from detector.data.batch import PADDING
-from detector.data.geometry import follow, keep_visible
+from detector.data.geometry import follow, joined_weights, keep_visible
 from detector.data.outlines import Outlines
 from detector.data.resize import resample
 from detector.data.sample import Sample
@@ -96,6 +96,7 @@ def join(first: Sample, image: np.ndarray, parts: Sequence[Sample]) -> Sample:
         boxes=np.concatenate([part.boxes for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
         rows=np.concatenate([part.rows for part in parts]),
+        weight=joined_weights(parts),
         crowd=np.concatenate([part.crowd for part in parts]),
         scale=np.full(2, np.nan, dtype=np.float32),
         offset=np.full(2, np.nan, dtype=np.float32),

@@ -23,7 +23,7 @@ from detector.boxes import full_precision, pairwise_iou
 from detector.coders import Bins
 from detector.errors import ConfigError
 from detector.losses import AnyBoxLoss
-from detector.losses.base import RAW_ARE_LOGITS, CriterionConfig
+from detector.losses.base import RAW_ARE_LOGITS, CriterionConfig, refuse_weights
 from detector.losses.likelihood import LEAST, LEAST_TO_LOG, check_classes, left_out, negative_sum, report
 from detector.losses.normalizer import mean_over_processes
 from detector.losses.regression import Giou
@@ -107,6 +107,7 @@ class AutoAssign(nn.Module):
     def forward(self, outputs: Outputs, objects: Objects) -> Losses:
         """Raises `ConfigError` where the head does not fit."""
         check_classes(outputs, self.num_classes)
+        refuse_weights(objects, "auto_assign")
         if outputs.quality_logits is None:
             raise ConfigError("criterion.type 'auto_assign' needs an objectness: set model.head.quality=true")
         config = self.config

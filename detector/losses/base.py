@@ -9,6 +9,8 @@ from torch import nn
 
 from detector.coders import Coder
 from detector.config.node import Node
+from detector.errors import ConfigError
+from detector.structures import Objects
 
 if TYPE_CHECKING:
     from detector.assign.base import Assigner
@@ -40,6 +42,18 @@ NOT_SAID_WHETHER_MODULATED = (
 RAW_ARE_LOGITS = (
     "criterion.box compares raw numbers, but those of a 'bins' coder are logits: set criterion.box.type=giou"
 )
+
+
+def refuse_weights(objects: Objects, criterion: str) -> None:
+    """
+    Raises:
+        ConfigError: the objects have weights of their own, which only the criterion `dense` can use.
+    """
+    if objects.weight is not None:
+        raise ConfigError(
+            f"criterion.type {criterion!r} does not know weights of single objects, which the annotations give (key"
+            " `weight`) or the step mixup (`weights: true`): train with criterion.type=dense, or without such weights"
+        )
 
 
 class CriterionConfig(Node):

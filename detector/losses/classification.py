@@ -148,13 +148,7 @@ class _Sum(torch.autograd.Function):
     """Value and gradient in one pass; backward only scales the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: ClassTargets,
-        target: Tensor,
-        curve: Curve,
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: ClassTargets, target: Tensor, curve: Curve) -> Tensor:
         classes = logits.shape[-1]
         rows = logits.reshape(-1, classes)
         count = rows.numel()

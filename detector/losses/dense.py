@@ -95,7 +95,7 @@ class DenseCriterion(nn.Module):
     Sums `class`, `box` and, where asked for, `initial_box`, `distribution` and `quality`, all divided by the one
     normaliser.  That includes weighted box losses, which the authors' codes divide by the sum of the weights instead.
     For centerness that is smaller by a nearly constant factor (about 0.6), for `box.weight` to absorb; weights that
-    grow while the network learns want `normalize_box_weights`.
+    grow while the network learns want `normalize_box_weights`.  Objects' own weights: docs/conversion.md.
 
     Everything is float32 with autocast off, without synchronisation with the device.  A batch without objects or pairs
     gives box and quality losses of exactly 0 that still hang on the graph.
@@ -117,6 +117,8 @@ class DenseCriterion(nn.Module):
     def losses(self, outputs: Outputs, objects: Objects, assignment: Assignment) -> Losses:
         """The same for an assignment that was made already."""
         with torch.autocast(outputs.class_logits.device.type, enabled=False):
+            if objects.weight is not None:
+                assignment = replace(assignment, object_weight=objects.weight[assignment.object])
             pairs = Pairs.gather(outputs, objects, assignment)
             learnt = replace(assignment, quality=self._class_target(assignment, pairs))
             return Losses(

@@ -19,7 +19,7 @@ from detector.boxes import full_precision, pairwise_iou
 from detector.coders import Bins
 from detector.errors import ConfigError
 from detector.losses import AnyBoxLoss
-from detector.losses.base import RAW_ARE_LOGITS, CriterionConfig
+from detector.losses.base import RAW_ARE_LOGITS, CriterionConfig, refuse_weights
 from detector.losses.likelihood import LEAST, check_classes, left_out, negative_sum, report
 from detector.losses.normalizer import mean_over_processes
 from detector.losses.regression import SmoothL1
@@ -72,6 +72,7 @@ class FreeAnchor(nn.Module):
     def forward(self, outputs: Outputs, objects: Objects) -> Losses:
         """Raises `ConfigError` where the head does not fit."""
         check_classes(outputs, self.num_classes)
+        refuse_weights(objects, "free_anchor")
         config = self.config
         with torch.autocast(outputs.class_logits.device.type, enabled=False):
             bag = bags(outputs.priors, objects, config.bag)

@@ -28,7 +28,8 @@ class Normalizer(nn.Module):
 
     `positives`: pairs of positive weight.  `quality`: the sum of their class targets times weights (the same for hard
     rules; what quality-aware ones divide by).  `objects`: annotated objects.  `ema`: the moving average of `positives`
-    that detectron2's RetinaNet uses, with its momentum and start; unlike there it is kept in checkpoints.
+    that detectron2's RetinaNet uses, with its momentum and start; unlike there it is kept in checkpoints.  An object
+    with a weight of its own counts that much, and so do its pairs.
     """
 
     average: Tensor
@@ -43,7 +44,7 @@ class Normalizer(nn.Module):
     def forward(self, assignment: Assignment, objects: Objects) -> Tensor:
         """-> scalar float32 on the assignment's device, equal in all processes.  `ema` moves in training mode only."""
         if self.kind == "objects":
-            count = assignment.weight.new_full((), len(objects))
+            count = assignment.weight.new_full((), len(objects)) if objects.weight is None else objects.weight.sum()
         elif self.kind == "quality":
             count = (assignment.weight * assignment.quality * _counts(assignment)).sum()
         else:
@@ -57,8 +58,9 @@ class Normalizer(nn.Module):
 
 
 def _counts(assignment: Assignment) -> Tensor:
-    """(P,) 1 for pairs that the losses see."""
-    return ((assignment.weight > 0) & ~assignment.ignored.view(-1)[assignment.prior]).float()
+    """(P,) 1, or the object's own weight, for pairs that the losses see."""
+    seen = ((assignment.weight > 0) & ~assignment.ignored.view(-1)[assignment.prior]).float()
+    return seen if assignment.object_weight is None else seen * assignment.object_weight
 
 
 def mean_over_processes(count: Tensor) -> Tensor:

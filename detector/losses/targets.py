@@ -52,13 +52,21 @@ def class_targets(
 
     A pair of weight 0, or of an ignored prior, says nothing.  Several pairs of one cell (a prior with two objects of
     one class) are one target: their highest quality, with their highest weight.  `positives_alone`: priors without a
-    pair weigh nothing.
+    pair weigh nothing.  A prior's other cells weigh as much as its heaviest object.
     """
     batch, priors = assignment.ignored.shape
     nowhere = batch * priors * num_classes
     weight = assignment.weight.float() * ~assignment.ignored.view(-1)[assignment.prior]
     cell = assignment.prior * num_classes + labels[assignment.object]
-    cell, order = torch.where(weight > 0, cell, nowhere).sort()
+    seen = weight > 0
+    cell, order = torch.where(seen, cell, nowhere).sort()
+    prior_weight = (~assignment.ignored).float()
+    if assignment.object_weight is not None:
+        weight = weight * assignment.object_weight
+        prior = torch.where(seen, assignment.prior, batch * priors)
+        heaviest = prior_weight.new_ones(batch * priors + 1)
+        heaviest.scatter_reduce_(0, prior, assignment.object_weight, "amax", include_self=False)
+        prior_weight = prior_weight * heaviest[:-1].view_as(prior_weight)
 
     first = cell != cell.roll(1)
     first[:1].fill_(True)
@@ -66,11 +74,9 @@ def class_targets(
     zeros = torch.zeros_like(weight)
     target = zeros.scatter_reduce(0, group, assignment.quality.float()[order], "amax")[group]
     highest = zeros.scatter_reduce(0, group, weight[order], "amax")[group]
-    prior_weight = (~assignment.ignored).float()
     if positives_alone:
-        paired = torch.zeros_like(prior_weight).view(-1)
-        paired = paired.scatter_reduce(0, assignment.prior, (weight > 0).float(), "amax")
-        prior_weight = paired.view_as(prior_weight)
+        paired = torch.zeros_like(prior_weight).view(-1).scatter_reduce(0, assignment.prior, seen.float(), "amax")
+        prior_weight = prior_weight * paired.view_as(prior_weight)
     return ClassTargets(
         shape=(batch, priors, num_classes),
         cell=torch.where(first, cell, nowhere),
@@ -97,8 +103,9 @@ class Pairs:
     @classmethod
     def gather(cls, outputs: Outputs, objects: Objects, assignment: Assignment) -> Pairs:
         prior = assignment.prior % len(outputs.priors)
+        weight = assignment.weight * ~assignment.ignored.view(-1)[assignment.prior]
         return cls(
-            weight=assignment.weight * ~assignment.ignored.view(-1)[assignment.prior],
+            weight=weight if assignment.object_weight is None else weight * assignment.object_weight,
             prior_boxes=outputs.priors.boxes[prior],
             stride=outputs.priors.stride[prior],
             raw=full_precision(outputs.box_raw.flatten(0, 1)[assignment.prior]),

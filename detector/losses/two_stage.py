@@ -23,7 +23,7 @@ from detector.coders import Coder
 from detector.config.node import Node
 from detector.errors import ConfigError
 from detector.losses import AnyBoxLoss, AnyClassLoss, BoxLoss
-from detector.losses.base import CriterionConfig
+from detector.losses.base import CriterionConfig, refuse_weights
 from detector.losses.classification import Bce, ClassLoss, Focal
 from detector.losses.regression import L1
 from detector.losses.targets import ClassTargets, Pairs, class_targets
@@ -106,6 +106,7 @@ class TwoStageCriterion(nn.Module):
     def forward(self, outputs: TwoStageOutputs, objects: Objects) -> Losses:
         """Raises `ConfigError` where the outputs do not fit the losses that were asked for."""
         self._check(outputs)
+        refuse_weights(objects, "two_stage")
         with torch.autocast(objects.boxes.device.type, enabled=False):
             sums, assignments = {}, {}
             sums["rpn_class"], sums["rpn_box"], assignments["rpn"] = self._rpn(outputs.rpn, objects)

@@ -190,11 +190,14 @@ def main(parent: int, keep: bool, folder: Path) -> int:
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    # Before training begins and while its result is recorded, the signal ends the process here, not in the system.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=watch, daemon=True).start()
-    code = cell.main(folder)
-    if not keep and os.getppid() != parent:
-        shutil.rmtree(folder, ignore_errors=True)
-    return code
+    try:
+        return cell.main(folder)
+    finally:
+        if not keep and os.getppid() != parent:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ setup(
         "torchvision>=0.21",
     ],
     extras_require={
+        "ray": ["ray>=2.40"],
         "test": [
             "hypothesis>=6.100",
             "mypy>=1.15",

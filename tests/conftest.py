@@ -14,6 +14,10 @@ SHARED = Path(os.environ.get("DETECTOR_SHARED", Path(__file__).resolve().parents
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", metavar="PAGE", help="write what tests/test_matrix.py finds, such as docs/matrix.md")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data sets, golden fixtures and weights, where they are at hand."""

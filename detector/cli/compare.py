@@ -18,7 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("study", type=Path, help="a study file, such as configs/studies/quick.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the study, such as seeds=[0,1,2,3,4]")
-    parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: the study's `jobs`)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="cells at a time (default: the study's `jobs`; with --ray, all that fit)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study (default: runs/studies/<name>)")
     parser.add_argument(
         "--keep",
@@ -28,6 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
         " holds at the start is not run again",
     )
     parser.add_argument("--report-only", action="store_true", help="run nothing; say what the finished cells show")
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT",
+        help="run the cells on all machines of the Ray cluster with this head; without an address (put it last then) of"
+        " the one that this machine is part of",
+    )
     parser.add_argument("--retry", action="store_true", help="also run again what has diverged")
     options = parser.parse_intermixed_args(arguments)
     if options.jobs is not None and options.jobs < 1:
@@ -36,14 +46,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from contextlib import ExitStack
+    from functools import partial
+
     from rich.console import Console
 
     from detector.files import write_whole
+    from detector.lab.cluster import connected
     from detector.lab.grid import cells, differences
     from detector.lab.keep import keep, take
     from detector.lab.lock import locked
     from detector.lab.report import report, small_pictures
-    from detector.lab.run import Runner, standing, task_of
+    from detector.lab.run import Place, Runner, ThisMachine, standing, task_of
     from detector.lab.study import load_study
     from detector.lab.summary import summarise
     from detector.lab.tables import files, rich, scores_table, verdict_table
@@ -60,9 +74,13 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{options.keep}: {take(grid, options.keep)} cells taken over", flush=True)
     stopped = None
     if not options.report_only:
-        runner = Runner(study, options.jobs or study.jobs, lambda text: print(text, flush=True), count_gpus())
-        with locked(out):
-            stopped = runner(grid, options.retry)
+        say = partial(print, flush=True)
+        with locked(out), ExitStack() as stack:
+            if options.ray is None:
+                place: Place = ThisMachine(study, options.jobs or study.jobs, count_gpus())
+            else:
+                place = stack.enter_context(connected(study, grid, out.resolve(), options.ray, say, options.jobs))
+            stopped = Runner(study, place, say)(grid, options.retry)
     summary = summarise(study, [standing(cell, task_of(study)) for cell in grid], changed)
     console = Console()
     console = console if console.is_terminal else Console(width=200)

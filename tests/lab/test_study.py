@@ -19,7 +19,7 @@ from detector.data.loader import train_loader
 from detector.errors import ConfigError, UserError
 from detector.lab.grid import cells, differences, settings_text
 from detector.lab.lock import locked
-from detector.lab.run import Runner, standing, task_of
+from detector.lab.run import Runner, ThisMachine, standing, task_of
 from detector.lab.study import flat, keys_of, load_study
 from detector.train.checkpoint import load_checkpoint
 from detector.train.device import find_device
@@ -159,7 +159,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(copy: Copy, monkeypatch: pytest
     limited.write_text(f'#!/bin/sh\nulimit -f 40\nexec {sys.executable} "$@"\n')
     limited.chmod(0o755)
     with monkeypatch.context() as patch:
-        patch.setattr("detector.lab.run.sys.executable", str(limited))
+        patch.setattr("detector.lab.process.sys.executable", str(limited))
         assert here.compare() == 1
     shown = capsys.readouterr().out
     assert "data/two/seed-1: failed:" in shown
@@ -175,7 +175,7 @@ def test_a_log_that_cannot_be_written_does_not_hide_the_reason(fresh: Place) -> 
     fresh.out.mkdir()
     (fresh.out / "cells").write_text("a file in the way")
     said: list[str] = []
-    Runner(study, 1, said.append)(grid[:1])
+    Runner(study, ThisMachine(study, 1), said.append)(grid[:1])
     assert any(line.startswith("data/one/seed-0: failed:") and "cannot write" in line for line in said)
 
 

@@ -6,12 +6,14 @@ Legend: N objects, L levels, T candidates of an object on a level, C = L * T, B 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from detector.assign import around
 from detector.assign.atss import Atss
 from detector.assign.base import Assigner
 from detector.assign.geometry import Owners
@@ -52,6 +54,10 @@ class Paa(Assigner):
 
     def choose(self, priors: Priors, objects: Objects, predictions: Predictions, proposed: Assignment) -> Assignment:
         """Among pairs proposed by any rule."""
+        if around.may_ask(proposed.weight.device):  # most pairs of a rule that gives each prior one are padding
+            real = (proposed.weight > 0).nonzero().squeeze(1)
+            index = {name: getattr(proposed, name)[real] for name in ("prior", "object", "quality", "weight")}
+            proposed = replace(proposed, **index)
         logits, said = predictions.class_logits.flatten(0, 1), predictions.boxes.flatten(0, 1)
         loss = self.pair_loss(
             logits, said, proposed.prior, objects.labels[proposed.object], objects.boxes[proposed.object]
@@ -115,6 +121,8 @@ def split(loss: Tensor, valid: Tensor, iterations: int, tolerance: float) -> Ten
         share = torch.where(settled, share, total / count.clamp(min=1))
         settled = settled | ((fit - before).abs() < tolerance)
         before = fit
+        if around.may_ask(x.device) and bool(settled.all()):
+            break
     odds, density = _odds_and_density(x, mean, variance, share)
     good = valid & (odds >= 0)
     density = density.where(good, -torch.inf)

@@ -40,23 +40,22 @@ def may_ask(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def around(priors: Priors, boxes: Tensor, margins: tuple[tuple[float, float], ...]) -> Iterator[Rows]:
-    """All priors whose centre lies in each object's region, and perhaps others.
+def around(priors: Priors, low: Tensor, high: Tensor) -> Iterator[Rows]:
+    """All priors whose centre lies between `low` and `high`, and perhaps others.
 
-    boxes: (N, 4) xyxy, the regions.  margins: pixels x, y by which each level's regions are wider on every side.
+    low, high: (N, L, 2) x, y in pixels, each object's region on each level; (N, 1, 2) where all levels have the same.
     """
-    if not priors.grids or not may_ask(boxes.device):
-        every = torch.arange(len(priors), device=boxes.device)
-        for part in chunks(len(boxes), len(priors)):
-            mine = torch.arange(part.start, part.stop, device=boxes.device)
+    if not priors.grids or not may_ask(low.device):
+        every = torch.arange(len(priors), device=low.device)
+        for part in chunks(len(low), len(priors)):
+            mine = torch.arange(part.start, part.stop, device=low.device)
             prior = every.expand(len(mine), -1)
             yield Rows(mine, prior, torch.ones_like(prior, dtype=torch.bool))
         return
-    table = _table(priors.grids, margins, boxes.device)
-    low = (boxes[:, None, :2] - table.margin) / table.stride - table.offset - SLACK
-    high = (boxes[:, None, 2:] + table.margin) / table.stride - table.offset + SLACK
-    start = low.ceil().long().clamp(min=0)  # (N, L, 2) the first cell's column and row
-    cells = (torch.minimum(high.floor().long(), table.count - 1) - start + 1).clamp(min=0)
+    table = _table(priors.grids, low.device)
+    start = (low / table.stride - table.offset - SLACK).ceil().long().clamp(min=0)  # (N, L, 2) first column and row
+    last = torch.minimum((high / table.stride - table.offset + SLACK).floor().long(), table.count - 1)
+    cells = (last - start + 1).clamp(min=0)
     number, order = (cells.prod(2) * table.shapes).sum(1).sort()
     numbers, first = number.tolist(), 0
     while first < len(numbers):
@@ -70,18 +69,16 @@ def around(priors: Priors, boxes: Tensor, margins: tuple[tuple[float, float], ..
 class _Table(NamedTuple):
     stride: Tensor  # (L, 1) float32
     offset: Tensor  # (L, 1) float32
-    margin: Tensor  # (L, 2) float32 pixels
     count: Tensor  # (L, 2) int64 columns, rows
     first: Tensor  # (L,) int64 index of the level's first prior
     shapes: Tensor  # (L,) int64 priors in a cell
 
 
 @lru_cache(maxsize=1024)
-def _table(grids: tuple[Grid, ...], margins: tuple[tuple[float, float], ...], device: torch.device) -> _Table:
+def _table(grids: tuple[Grid, ...], device: torch.device) -> _Table:
     return _Table(
         stride=torch.tensor([[float(g.stride)] for g in grids], device=device),
         offset=torch.tensor([[g.offset] for g in grids], device=device),
-        margin=torch.tensor(margins, device=device),
         count=torch.tensor([(g.width, g.height) for g in grids], device=device),
         first=torch.tensor([sum(g.size for g in grids[:i]) for i in range(len(grids))], device=device),
         shapes=torch.tensor([len(g.shapes) for g in grids], device=device),

@@ -55,7 +55,7 @@ class CenterRegion(Assigner):
         owner = rank.new_full((objects.batch_size, count), torch.inf)
         weight = rank.new_ones(objects.batch_size, count, classes)
         sides = [side.contiguous() for side in priors.boxes.unbind(1)]
-        for rows in around(priors, _shrunk(objects.boxes, self.shadow), _half_sizes(priors.grids)):
+        for rows in around(priors, *_reached(priors, objects.boxes, self.shadow)):
             mine, boxes = rows.object, objects.boxes[rows.object]
             x1, y1, x2, y2 = (side[rows.prior] for side in sides)
             share = _share(x1, x2, boxes, 0, self.shadow) * _share(y1, y2, boxes, 1, self.shadow)
@@ -73,16 +73,18 @@ class CenterRegion(Assigner):
         return replace(found, background_weight=weight, modulated=False)
 
 
-def _shrunk(boxes: Tensor, side: float) -> Tensor:
-    """(N, 4) about their centres, to `side` of their sides."""
-    center, reach = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) * (side / 2)
-    return torch.cat([center - reach, center + reach], 1)
+def _reached(priors: Priors, boxes: Tensor, side: float) -> tuple[Tensor, Tensor]:
+    """(N, L, 2) from and to where the centre of a prior can lie that touches the objects (N, 4) shrunk to `side`."""
+    center, reach = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2, (boxes[:, None, 2:] - boxes[:, None, :2]) * side / 2
+    if priors.grids:
+        reach = reach + _half_sizes(priors.grids, boxes.device)
+    return center - reach, center + reach
 
 
 @lru_cache(maxsize=1024)
-def _half_sizes(grids: tuple[Grid, ...]) -> tuple[tuple[float, float], ...]:
-    """Of each level's widest and highest prior, pixels."""
-    return tuple((max(w for w, _ in g.shapes) / 2, max(h for _, h in g.shapes) / 2) for g in grids)
+def _half_sizes(grids: tuple[Grid, ...], device: torch.device) -> Tensor:
+    """(L, 2) half of each level's widest and highest prior, pixels."""
+    return torch.tensor([[max(side) / 2 for side in zip(*g.shapes, strict=True)] for g in grids], device=device)
 
 
 def _share(low: Tensor, high: Tensor, boxes: Tensor, axis: int, side: float) -> Tensor:

@@ -54,7 +54,7 @@ def around(priors: Priors, low: Tensor, high: Tensor) -> Iterator[Rows]:
         return
     table = _table(priors.grids, low.device)
     start = (low / table.stride - table.offset - SLACK).ceil().long().clamp(min=0)  # (N, L, 2) first column and row
-    last = torch.minimum((high / table.stride - table.offset + SLACK).floor().long(), table.count - 1)
+    last = torch.minimum((high / table.stride - table.offset + SLACK).floor().long(), table.extent - 1)
     cells = (last - start + 1).clamp(min=0)
     number, order = (cells.prod(2) * table.shapes).sum(1).sort()
     numbers, first = number.tolist(), 0
@@ -69,7 +69,7 @@ def around(priors: Priors, low: Tensor, high: Tensor) -> Iterator[Rows]:
 class _Table(NamedTuple):
     stride: Tensor  # (L, 1) float32
     offset: Tensor  # (L, 1) float32
-    count: Tensor  # (L, 2) int64 columns, rows
+    extent: Tensor  # (L, 2) int64 columns, rows
     first: Tensor  # (L,) int64 index of the level's first prior
     shapes: Tensor  # (L,) int64 priors in a cell
 
@@ -79,7 +79,7 @@ def _table(grids: tuple[Grid, ...], device: torch.device) -> _Table:
     return _Table(
         stride=torch.tensor([[float(g.stride)] for g in grids], device=device),
         offset=torch.tensor([[g.offset] for g in grids], device=device),
-        count=torch.tensor([(g.width, g.height) for g in grids], device=device),
+        extent=torch.tensor([(g.width, g.height) for g in grids], device=device),
         first=torch.tensor([sum(g.size for g in grids[:i]) for i in range(len(grids))], device=device),
         shapes=torch.tensor([len(g.shapes) for g in grids], device=device),
     )
@@ -90,8 +90,8 @@ def _rows(table: _Table, rows: Tensor, start: Tensor, cells: Tensor, number: Ten
     columns, heights = (cells[..., 0] * table.shapes).flatten(), cells[..., 1].flatten()
     place = torch.arange(len(heights)).repeat_interleave(heights)  # (Q,) object and level of each run
     down = torch.arange(len(place)) - (heights.cumsum(0) - heights)[place]
-    head = (table.first + (start[..., 1] * table.count[:, 0] + start[..., 0]) * table.shapes).flatten()
-    head = head[place] + down * (table.count[:, 0] * table.shapes).repeat(len(rows))[place]
+    head = (table.first + (start[..., 1] * table.extent[:, 0] + start[..., 0]) * table.shapes).flatten()
+    head = head[place] + down * (table.extent[:, 0] * table.shapes).repeat(len(rows))[place]
     length = columns[place]
     flat = (head - (length.cumsum(0) - length)).repeat_interleave(length)
     flat += torch.arange(len(flat))

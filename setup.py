@@ -49,6 +49,7 @@ setup(
             "mypy>=1.15",
             "pytest>=8",
             "ruff>=0.9",
+            "scikit-learn>=1.3",
             "selenium>=4.20",
             "types-PyYAML",
             "types-defusedxml",

@@ -11,13 +11,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from detector.assign import around
 from detector.assign.base import Assigner, chunks
 from detector.assign.order import index_of, keys
-from detector.assign.predicted import AllPairs
+from detector.assign.predicted import AllPairs, scores
+from detector.assign.tiles import BLOCK, SLACK, Bounds, layout
 from detector.boxes import pairwise_iou
 from detector.structures import Assignment, Objects, Predictions, Priors
 
 EPS = 1e-7  # added to the divisor
+TINY = torch.finfo(torch.float32).smallest_normal  # the least that a prior can be aligned and count
+LEAD = 16  # tiles that promise most, looked at first
 
 
 class TaskAligned(Assigner):
@@ -43,19 +47,12 @@ class TaskAligned(Assigner):
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None
-        pairs, count = AllPairs(priors, objects, predictions), len(priors)
-        every = torch.arange(count, device=priors.boxes.device)
-        plain = torch.zeros_like(every)
-        picked, alignments = [], []
-        for part in chunks(len(objects), count):
-            alignment = pairs.own_scores(part).pow_(self.alpha).mul_(pairs.iou(part).pow_(self.beta))
-            best = (keys(-alignment, plain) | every).topk(min(self.topk, count), 1, largest=False).values
-            picked.append(index_of(best))
-            alignments.append(alignment.gather(1, picked[-1]))
-        prior, alignment = torch.cat(picked), torch.cat(alignments)  # (N, Q)
+        count = len(priors)
+        find = self._best if around.may_ask(priors.boxes.device) else self._best_of_all
+        prior, alignment = find(priors, objects, predictions, min(self.topk, count))  # (N, Q)
+        flat = prior + objects.image[:, None] * count
         center, own = priors.centers[prior], objects.boxes[:, None]
         inside = torch.cat([center - own[..., :2], own[..., 2:] - center], -1).amin(-1) > self.center_margin
-        flat = prior + objects.image[:, None] * count
         iou = pairwise_iou(predictions.boxes.reshape(-1, 4)[flat], own)
         won = _to_the_highest(flat, iou, inside & (alignment > 0), objects.batch_size * count)
 
@@ -69,6 +66,69 @@ class TaskAligned(Assigner):
             weight=won.float().view(-1),
             ignored=torch.zeros(objects.batch_size, count, dtype=torch.bool, device=flat.device),
         )
+
+    def _best_of_all(self, priors: Priors, objects: Objects, predictions: Predictions, k: int) -> tuple[Tensor, Tensor]:
+        """The k best aligned priors of each object, of equals the first, and their alignment, (N, k)."""
+        pairs = AllPairs(priors, objects, predictions)
+        every = torch.arange(len(priors), device=priors.boxes.device)
+        plain = torch.zeros_like(every)
+        picked, alignments = [], []
+        for part in chunks(len(objects), len(priors)):
+            alignment = pairs.own_scores(part).pow_(self.alpha).mul_(pairs.iou(part).pow_(self.beta))
+            best = (keys(-alignment, plain) | every).topk(k, 1, largest=False).values
+            picked.append(index_of(best))
+            alignments.append(alignment.gather(1, picked[-1]))
+        return torch.cat(picked), torch.cat(alignments)
+
+    def _best(self, priors: Priors, objects: Objects, predictions: Predictions, k: int) -> tuple[Tensor, Tensor]:
+        """The same from priors that could be as good as the k-th best of those in the tiles that promise most.
+
+        What a prior could be at most follows from its box and its highest score of any class: fewer logits are read.
+        """
+        tiles, bounds, count = layout(priors), Bounds(layout(priors), predictions.boxes), len(priors)
+        (many, size), classes = tiles.prior.shape, predictions.class_logits.shape[2]
+        logits, quality = predictions.class_logits.reshape(-1), predictions.quality_logits
+        highest = scores(predictions.class_logits.amax(2), quality).pow_(self.alpha).mul_(1 + SLACK)  # (B, R)
+        promised = highest[:, tiles.prior].amax(2)  # (B, T)
+
+        def fit(tile: Tensor, image: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+            """(..., M) image * R + prior, and what the box is worth; image (...), own (..., 4)."""
+            flat = tiles.prior[tile].add_((image * count)[..., None])
+            return flat, bounds.exact_iou(image * many + tile, own).square_().pow_(self.beta / 2)
+
+        def worth(flat: Tensor, label: Tensor) -> Tensor:
+            """What the score is worth."""
+            theirs = logits[(flat * classes).add_(label)]
+            return scores(theirs, None if quality is None else quality.reshape(-1)[flat]).pow_(self.alpha)
+
+        picked, alignments = [], []
+        for part in chunks(len(objects), 2 * many):
+            image, label, own = objects.image[part], objects.labels[part], objects.boxes[part]
+            promise = bounds.iou(objects, part).square_().pow_(self.beta / 2).mul_(promised[image])  # (n, T)
+            first = bounds.first(promise, min(max(LEAD, -(-k // size)), many // BLOCK))
+            flat, box = fit(first, image[:, None], own[:, None])
+            known = worth(flat, label[:, None, None]).mul_(box).mul_(tiles.real[first]).flatten(1)
+            least = known.topk(min(k, known.shape[1]), 1).values[:, -1].clamp_(min=TINY)  # (n,)
+
+            place = (promise >= least[:, None]).view(-1).nonzero().squeeze(1)
+            row = place.div(many, rounding_mode="floor")
+            tile = place - row * many
+            flat, box = fit(tile, image[row], own[row])
+            could = (highest.view(-1)[flat] * box >= least[row, None]) & tiles.real[tile]
+            place = could.view(-1).nonzero().squeeze(1)
+            row, flat, box = row[place.div(size, rounding_mode="floor")], flat.view(-1)[place], box.view(-1)[place]
+            # Side by side in a table, as wide as the object with most of them needs.
+            number = torch.zeros_like(label).scatter_add_(0, row, torch.ones_like(row))
+            place = torch.arange(len(row)) - (number.cumsum(0) - number)[row]
+            shape = (len(label), max(int(number.max()), k))
+            prior, alignment = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+            prior[row, place] = flat - image[row] * count
+            alignment[row, place] = worth(flat, label[row]).mul_(box)
+            best = keys(-alignment, torch.where(alignment > 0, 0, 1)).bitwise_or_(prior)
+            best = best.topk(k, 1, largest=False).indices
+            picked.append(prior.gather(1, best))
+            alignments.append(alignment.gather(1, best))
+        return torch.cat(picked), torch.cat(alignments)
 
 
 def _to_the_highest(flat: Tensor, score: Tensor, valid: Tensor, count: int) -> Tensor:

@@ -241,7 +241,7 @@ def _check_values(priors: Priors, objects: Objects, predictions: Predictions | N
     for name, boxes in (("priors", priors.boxes), ("objects", objects.boxes)):
         torch._assert_async((boxes[..., 2:] >= boxes[..., :2]).all(), f"{name}.boxes are not x1 y1 x2 y2 (or hold NaN)")
     if predictions is not None:
-        nan = predictions.class_logits.isnan().any() | predictions.boxes.isnan().any()
-        if predictions.quality_logits is not None:
-            nan = nan | predictions.quality_logits.isnan().any()
+        said = (predictions.class_logits, predictions.boxes, predictions.quality_logits)
+        # The highest number is NaN where any is, and is found without a second tensor of the logits' size.
+        nan = torch.stack([x.amax().isnan() for x in said if x is not None and x.numel()]).any()
         torch._assert_async(~nan, "the predictions hold NaN: nothing can be assigned (the training has diverged)")

@@ -1,20 +1,22 @@
 """The rule of FSAF (Zhu et al., "Feature Selective Anchor-Free Module", CVPR 2019); mmdetection's "centre region".
 
-Legend: N objects, n of a part of them, M extents along an axis, B images, R priors of one image, K classes.
+Legend: N objects, n of a part of them, C priors around an object, B images, R priors of one image, K classes.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from detector.assign.base import Assigner, chunks, constant, from_index
-from detector.assign.per_class import count_classes, per_prior, rows_of
-from detector.structures import BACKGROUND, Assignment, Objects, Predictions, Priors
+from detector.assign.around import around
+from detector.assign.base import Assigner, from_index
+from detector.assign.per_class import count_classes
+from detector.structures import BACKGROUND, Assignment, Grid, Objects, Predictions, Priors
 
 
 class CenterRegion(Assigner):
@@ -48,52 +50,55 @@ class CenterRegion(Assigner):
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         classes = count_classes(self.type, self.num_classes, objects, predictions)
         rank, by_rank = _smallest_first(objects)
+        count = len(priors)
         # Small whole numbers as float32, for which torch reduces whole rows at once.
-        owner = rank.new_full((objects.batch_size, len(priors)), torch.inf)
-        weight = rank.new_ones(objects.batch_size * classes, len(priors))
-        row = rows_of(objects, classes)
-        for part in chunks(len(objects), len(priors)):
-            boxes = objects.boxes[part]
-            center = self._within(priors, boxes, self.center, centered=True)
-            shadow = self._within(priors, boxes, self.shadow, centered=False)
-            bid = rank[part, None].where(center, torch.inf)
-            owner.scatter_reduce_(0, objects.image[part, None].expand_as(bid), bid, "amin")
-            weight.scatter_reduce_(0, row[part, None].expand_as(shadow), (~shadow).float(), "amin")
-        mine = by_rank[owner.where(owner.isfinite(), 0).long()]
-        found = from_index(torch.where(owner.isfinite(), mine, BACKGROUND))
-        return replace(found, background_weight=per_prior(weight, objects.batch_size).contiguous(), modulated=False)
-
-    def _within(self, priors: Priors, boxes: Tensor, side: float, centered: bool) -> Tensor:
-        """(n, R) bool: is the prior in the object (n, 4) shrunk to `side` (its centre in the object, if `centered`)?"""
-        if not priors.grids:
-            low, high = priors.boxes[:, :2], priors.boxes[:, 2:]
-            x, y = (_share(low[:, i], high[:, i], boxes, i, side, centered) for i in (0, 1))
-            return x * y > self.min_coverage
-        # How much of a prior lies in the region is a share of its width times one of its height.
-        found = []
-        for g in priors.grids:
-            shares = []
-            for axis, length in ((0, g.width), (1, g.height)):
-                middle = (torch.arange(length, device=boxes.device) + g.offset) * g.stride
-                half = constant(tuple(shape[axis] for shape in g.shapes), torch.float32, boxes.device) / 2
-                low, high = (middle[:, None] - half).flatten(), (middle[:, None] + half).flatten()
-                share = _share(low, high, boxes, axis, side, centered)
-                shares.append(share.view(len(boxes), length, len(g.shapes)))
-            found.append((shares[1][:, :, None] * shares[0][:, None] > self.min_coverage).flatten(1))
-        return torch.cat(found, 1)
+        owner = rank.new_full((objects.batch_size, count), torch.inf)
+        weight = rank.new_ones(objects.batch_size, count, classes)
+        sides = [side.contiguous() for side in priors.boxes.unbind(1)]
+        for rows in around(priors, *_reached(priors, objects.boxes, self.shadow)):
+            mine, boxes = rows.object, objects.boxes[rows.object]
+            x1, y1, x2, y2 = (side[rows.prior] for side in sides)
+            share = _share(x1, x2, boxes, 0, self.shadow) * _share(y1, y2, boxes, 1, self.shadow)
+            shadow = rows.exists & (share > self.min_coverage)
+            share = _share(x1, x2, boxes, 0, self.center) * _share(y1, y2, boxes, 1, self.center)
+            held = _between(x1, x2, boxes, 0) & _between(y1, y2, boxes, 1)
+            center = rows.exists & held & (share > self.min_coverage)
+            flat = rows.prior + objects.image[mine, None] * count
+            bid = rank[mine, None].where(center, torch.inf)
+            owner.view(-1).scatter_reduce_(0, flat.view(-1), bid.view(-1), "amin")
+            entry = flat * classes + objects.labels[mine, None]
+            weight.view(-1).scatter_reduce_(0, entry.view(-1), (~shadow).float().view(-1), "amin")
+        index = by_rank[owner.where(owner.isfinite(), 0).long()]
+        found = from_index(torch.where(owner.isfinite(), index, BACKGROUND))
+        return replace(found, background_weight=weight, modulated=False)
 
 
-def _share(low: Tensor, high: Tensor, boxes: Tensor, axis: int, side: float, centered: bool) -> Tensor:
-    """(M,) extents along an axis, (n, 4) -> (n, M): the share in the object shrunk to `side`.
+def _reached(priors: Priors, boxes: Tensor, side: float) -> tuple[Tensor, Tensor]:
+    """(N, L, 2) from and to where the centre of a prior can lie that touches the objects (N, 4) shrunk to `side`."""
+    center, reach = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2, (boxes[:, None, 2:] - boxes[:, None, :2]) * side / 2
+    if priors.grids:
+        reach = reach + _half_sizes(priors.grids, boxes.device)
+    return center - reach, center + reach
 
-    centered: 0 where the middle of the extent is not in the object.
-    """
+
+@lru_cache(maxsize=1024)
+def _half_sizes(grids: tuple[Grid, ...], device: torch.device) -> Tensor:
+    """(L, 2) half of each level's widest and highest prior, pixels."""
+    return torch.tensor([[max(side) / 2 for side in zip(*g.shapes, strict=True)] for g in grids], device=device)
+
+
+def _share(low: Tensor, high: Tensor, boxes: Tensor, axis: int, side: float) -> Tensor:
+    """(n, C) extents of priors along an axis, (n, 4) -> (n, C): the share in the object shrunk to `side`."""
     start, stop = boxes[:, axis, None], boxes[:, axis + 2, None]
     center, reach = (start + stop) / 2, (stop - start) * (side / 2)
-    shared = torch.minimum(high, center + reach) - torch.maximum(low, center - reach)
-    share = shared.clamp(min=0) / (high - low).clamp(min=1e-6)
-    middle = (low + high) / 2
-    return share.where((middle > start) & (middle < stop), 0.0) if centered else share
+    shared = torch.minimum(high, center + reach).sub_(torch.maximum(low, center - reach))
+    return shared.clamp_(min=0).div_((high - low).clamp_(min=1e-6))
+
+
+def _between(low: Tensor, high: Tensor, boxes: Tensor, axis: int) -> Tensor:
+    """(n, C) bool: is the middle of the extent in the object?"""
+    middle = (low + high).div_(2)
+    return (middle > boxes[:, axis, None]) & (middle < boxes[:, axis + 2, None])
 
 
 def _smallest_first(objects: Objects) -> tuple[Tensor, Tensor]:

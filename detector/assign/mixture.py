@@ -6,19 +6,22 @@ Legend: N objects, L levels, T candidates of an object on a level, C = L * T, B 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from detector.assign import around
 from detector.assign.atss import Atss
-from detector.assign.base import Assigner
-from detector.assign.geometry import Owners
-from detector.assign.overlap import MaxIou
+from detector.assign.base import Assigner, from_index
+from detector.assign.geometry import Owners, every_prior, iou_xy, kinds
+from detector.assign.order import LAST, index_of, keys, tier_of
+from detector.assign.overlap import ROUNDING, MaxIou
 from detector.assign.pair_loss import AnyPairLoss, FocalPairLoss
 from detector.assign.points import Fcos
-from detector.structures import Assignment, Objects, Predictions, Priors
+from detector.structures import BACKGROUND, Assignment, Objects, Predictions, Priors
 
 FIRST = MaxIou(positive_iou=0.1, negative_iou=0.1)
 
@@ -48,10 +51,17 @@ class Paa(Assigner):
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None
-        return self.choose(priors, objects, predictions, self.first.assign(priors, objects, None))
+        first = self.first
+        if isinstance(first, MaxIou) and priors.grids and around.may_ask(priors.boxes.device):
+            return self.choose(priors, objects, predictions, overlapping(first, priors, objects))
+        return self.choose(priors, objects, predictions, first.assign(priors, objects, None))
 
     def choose(self, priors: Priors, objects: Objects, predictions: Predictions, proposed: Assignment) -> Assignment:
         """Among pairs proposed by any rule."""
+        if around.may_ask(proposed.weight.device):  # most pairs of a rule that gives each prior one are padding
+            real = (proposed.weight > 0).nonzero().squeeze(1)
+            index = {name: getattr(proposed, name)[real] for name in ("prior", "object", "quality", "weight")}
+            proposed = replace(proposed, **index)
         logits, said = predictions.class_logits.flatten(0, 1), predictions.boxes.flatten(0, 1)
         loss = self.pair_loss(
             logits, said, proposed.prior, objects.labels[proposed.object], objects.boxes[proposed.object]
@@ -82,6 +92,43 @@ class Paa(Assigner):
         valid = torch.zeros(slots + 1, dtype=torch.bool, device=pair.device).scatter_(0, slot, slot < slots)[:-1]
         chosen, valid = chosen.view(count, -1), valid.view(count, -1)
         return proposed.prior[chosen], loss[chosen].double(), valid
+
+
+def overlapping(first: MaxIou, priors: Priors, objects: Objects) -> Assignment:
+    """The pairs of `first`, for priors on grids.
+
+    Its own windows suit any object, and at an IoU of 0.1 are far larger than most need.
+    """
+    x, y, width, height = every_prior(priors.grids, objects.boxes.device)
+    best = torch.full((objects.batch_size * len(priors),), LAST, device=x.device)
+    for rows in around.around(priors, *_reached(priors, objects.boxes, first.positive_iou)):
+        mine, prior = rows.object[:, None], rows.prior
+        cx, cy = objects.centers[mine].unbind(-1)
+        w, h = (objects.boxes[mine, 2:] - objects.boxes[mine, :2]).unbind(-1)
+        iou = iou_xy(x[prior] - cx, y[prior] - cy, width[prior], height[prior], w, h)
+        key = keys(-iou, torch.where(rows.exists & (iou >= first.positive_iou), 0, 2)) | mine
+        best.scatter_reduce_(0, (prior + objects.image[mine] * len(priors)).view(-1), key.view(-1), "amin")
+    index = index_of(best).where(tier_of(best) == 0, BACKGROUND).view(objects.batch_size, -1)
+    # What objects take because it is the best they have; no prior overlaps as much as 1 but one that has its object.
+    lowest = first.model_copy(update={"positive_iou": 1.0, "negative_iou": 1.0}).assign(priors, objects, None)
+    return from_index(index.where(index >= 0, lowest.per_prior()))
+
+
+def _reached(priors: Priors, boxes: Tensor, iou: float) -> tuple[Tensor, Tensor]:
+    """(N, L, 2) from and to where the centre of a prior can lie that overlaps the objects (N, 4) by `iou`.
+
+    Along an axis the two share at least iou * (larger area) / (smaller extent along the other axis).
+    """
+    size = kinds(priors.grids, boxes.device).size  # (S, 2)
+    own = (boxes[:, 2:] - boxes[:, :2])[:, None]  # (N, 1, 2)
+    area = torch.maximum(size.prod(1), own.prod(2))[..., None]
+    shared = iou * (1 - ROUNDING) * area / torch.minimum(size, own).flip(2).clamp(min=1e-6)
+    shared = shared.where(shared <= torch.minimum(size, own) * (1 + ROUNDING), torch.inf)
+    reach = ((size + own) / 2 - shared).split([len(g.shapes) for g in priors.grids], 1)  # below 0: nowhere
+    reach = torch.stack([level.amax(1) for level in reach], 1)
+    center = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
+    far = reach.where(reach >= 0, -torch.inf)
+    return center - far, center + far
 
 
 CLOSE = 1e-6  # log likelihoods this near are equal but for rounding
@@ -115,6 +162,8 @@ def split(loss: Tensor, valid: Tensor, iterations: int, tolerance: float) -> Ten
         share = torch.where(settled, share, total / count.clamp(min=1))
         settled = settled | ((fit - before).abs() < tolerance)
         before = fit
+        if around.may_ask(x.device) and bool(settled.all()):
+            break
     odds, density = _odds_and_density(x, mean, variance, share)
     good = valid & (odds >= 0)
     density = density.where(good, -torch.inf)

@@ -9,14 +9,14 @@ from abc import abstractmethod
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from detector.assign.predicted import softplus
 from detector.boxes import pairwise_giou, pairwise_iou
 from detector.config.node import Node
 
-ROWS_AT_ONCE = 1 << 15
+LOGITS_AT_ONCE = 1 << 16  # what stays in a core's cache
 
 
 class PairLoss(Node):
@@ -31,9 +31,14 @@ class PairLoss(Node):
 
     def __call__(self, class_logits: Tensor, said: Tensor, row: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
         """class_logits (Q, K), said (Q, 4) xyxy; each pair's row (P,), object's label (P,) and box (P, 4) -> (P,)."""
-        absent = torch.cat([self.absent(part).sum(1) for part in class_logits.split(ROWS_AT_ONCE)])  # (Q,)
-        own = class_logits.reshape(-1)[row * class_logits.shape[1] + labels]
-        loss = self.class_weight * (absent[row] + (self.present(own) - self.absent(own)))
+        classes = class_logits.shape[1]
+        step = max(1, LOGITS_AT_ONCE // max(1, classes))
+        if len(row) < len(class_logits):  # not every row is wanted
+            absent = torch.cat([self.absent(class_logits[part]).sum(1) for part in row.split(step)])
+        else:
+            absent = torch.cat([self.absent(part).sum(1) for part in class_logits.split(step)])[row]
+        own = class_logits.reshape(-1)[row * classes + labels]
+        loss = self.class_weight * (absent + (self.present(own) - self.absent(own)))
         if self.box == "giou":
             return loss + self.box_weight * (1 - pairwise_giou(said[row], boxes))
         return loss - self.box_weight * pairwise_iou(said[row], boxes).clamp(min=1e-6).log()
@@ -55,10 +60,10 @@ class FocalPairLoss(PairLoss):
     gamma: float = Field(2.0, ge=0, description="how much well classified examples count less")
 
     def present(self, logits: Tensor) -> Tensor:
-        return self.alpha * (-logits).sigmoid().pow(self.gamma) * F.softplus(-logits)
+        return self.alpha * (-logits).sigmoid().pow(self.gamma) * softplus(-logits)
 
     def absent(self, logits: Tensor) -> Tensor:
-        return (1 - self.alpha) * logits.sigmoid().pow(self.gamma) * F.softplus(logits)
+        return (1 - self.alpha) * logits.sigmoid().pow(self.gamma) * softplus(logits)
 
 
 class BcePairLoss(PairLoss):
@@ -67,10 +72,10 @@ class BcePairLoss(PairLoss):
     type: Literal["bce"] = "bce"
 
     def present(self, logits: Tensor) -> Tensor:
-        return F.softplus(-logits)
+        return softplus(-logits)
 
     def absent(self, logits: Tensor) -> Tensor:
-        return F.softplus(logits)
+        return softplus(logits)
 
 
 AnyPairLoss = Annotated[FocalPairLoss | BcePairLoss, Field(discriminator="type")]

@@ -1,6 +1,6 @@
 """Dual weighting (Li et al., "A Dual Weighting Label Assignment Scheme for Object Detection", CVPR 2022).
 
-Legend: N objects, n of a part of them, B images, R priors of one image, K classes, C pairs kept of an object.
+Legend: N objects, n of a part of them, B images, R priors of one image, K classes, C priors of an object.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from detector.assign.base import Assigner, chunks, nothing
+from detector.assign.around import Rows, around
+from detector.assign.base import Assigner, nothing
 from detector.assign.cells import largest
-from detector.assign.per_class import per_prior, rows_of
 from detector.structures import Assignment, Objects, Predictions, Priors
 
 # A preference for the centre of exp(-40) or less, from 10 strides away, is none: numbers near float32's end are slow.
 FAINT = 40.0
-SCRATCH = 16  # numbers of a pair at once are so many times what other rules have; smaller parts stay in the cache
+AT_ONCE = 1 << 16  # logits: what stays in a core's cache
 
 
 class DualWeight(Assigner):
@@ -60,29 +60,34 @@ class DualWeight(Assigner):
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None
-        classes, count = predictions.class_logits.shape[2], len(priors)
-        score = _score(predictions).transpose(1, 2).reshape(-1, count)  # (B * K, R)
-        row = rows_of(objects, classes)
-        fall = torch.ones_like(score)
-        boxes = predictions.boxes.permute(2, 0, 1).contiguous()  # (4, B, R)
-        kept, weights = [], []
-        for part in chunks(len(objects), SCRATCH * count):
-            inside, center = self._center(priors, objects.boxes[part])
-            iou, giou = _ious(boxes[:, objects.image[part]], objects.boxes[part])
-            positive = self.positive(score[row[part]], giou, center)
-            best = largest(positive, self.most)
-            kept.append(best)
-            weights.append(positive.gather(1, best))
-            lowest = self.falling(iou, inside)
-            fall.scatter_reduce_(0, row[part, None].expand_as(lowest), lowest, "amin")
-        fall.mul_(score.pow_(self.score_power))
-        del score  # as large as the logits, like the next
-        background = per_prior(fall, objects.batch_size).contiguous()
+        shape, count = predictions.class_logits.shape, len(priors)
+        background = self.full_negatives(predictions)  # (B, R, K)
+        boxes, all_logits = predictions.boxes.reshape(-1, 4), predictions.class_logits.reshape(-1)
+        quality = None if predictions.quality_logits is None else predictions.quality_logits.reshape(-1)
+        most = min(self.most, count)
+        kept = torch.zeros(len(objects), most, dtype=torch.int64, device=boxes.device)
+        weights = torch.zeros(len(objects), most, device=boxes.device)
+        for rows in around(priors, objects.boxes[:, None, :2], objects.boxes[:, None, 2:]):
+            mine, own = rows.object, objects.boxes[rows.object]
+            flat = rows.prior + objects.image[mine, None] * count
+            entry = flat * shape[2] + objects.labels[mine, None]
+            score = all_logits[entry].sigmoid_()
+            if quality is not None:
+                score *= quality[flat].sigmoid_()
+            inside, center = self._center(priors, rows, own)
+            iou, giou = _ious(boxes[flat].unbind(-1), own)
+            positive = self.positive(score, giou, center)
+            best = largest(positive, most)
+            kept[mine, : best.shape[1]] = rows.prior.gather(1, best)
+            weights[mine, : best.shape[1]] = positive.gather(1, best)
+            # Where several objects of a class hold a prior the lowest remains.
+            lowest = self.falling(iou, inside).mul_(score.pow_(self.score_power)).where(inside, torch.inf)
+            background.view(-1).scatter_reduce_(0, entry.view(-1), lowest.view(-1), "amin")
 
-        prior = (torch.cat(kept) + (objects.image * count)[:, None]).flatten()
-        owner = torch.arange(len(objects), device=prior.device).repeat_interleave(kept[0].shape[1])
-        positive = torch.cat(weights).flatten()
-        negative = background.view(-1)[prior * classes + objects.labels[owner]]
+        prior = (kept + (objects.image * count)[:, None]).flatten()
+        owner = torch.arange(len(objects), device=prior.device).repeat_interleave(most)
+        positive = weights.flatten()
+        negative = background.view(-1)[prior * shape[2] + objects.labels[owner]]
         both = (positive + negative).where(positive > 0, 0.0)
         return Assignment(
             num_priors=count,
@@ -97,18 +102,30 @@ class DualWeight(Assigner):
 
     def without_objects(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None
-        weight = _score(predictions).pow_(self.score_power)
-        return replace(nothing(priors, objects), background_weight=weight, modulated=True)
+        return replace(nothing(priors, objects), background_weight=self.full_negatives(predictions), modulated=True)
+
+    def full_negatives(self, predictions: Predictions) -> Tensor:
+        """(B, R, K) the score of class and quality together, to its power: the weight where no object is near."""
+        logits, quality = predictions.class_logits, predictions.quality_logits
+        weight = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        rows, all_logits = weight.view(-1, logits.shape[2]), logits.reshape(-1, logits.shape[2])
+        step = max(1, AT_ONCE // max(1, logits.shape[2]))
+        for start in range(0, len(rows), step):
+            part = torch.sigmoid(all_logits[start : start + step], out=rows[start : start + step])
+            if quality is not None:
+                part.mul_(quality.reshape(-1, 1)[start : start + step].sigmoid())
+            part.pow_(self.score_power)
+        return weight
 
     def positive(self, score: Tensor, giou: Tensor, center: Tensor) -> Tensor:
-        """(n, R) weights; `center` is 0 for priors that are not in the object."""
+        """(n, C) weights; `center` is 0 for priors that are not in the object."""
         worth = score * ((giou - 1) * self.beta).exp()
         share = worth * center
         total = ((worth * self.nu).exp() * share).sum(1, keepdim=True)
         return (worth * self.mu).exp() * share / total.clamp(min=1e-12)
 
     def falling(self, iou: Tensor, inside: Tensor) -> Tensor:
-        """(n, R) in [0, 1]: the negative weight without the score; 1 for priors that are not in the object."""
+        """(n, C) in [0, 1]: the negative weight without the score; 1 for priors that are not in the object."""
         limit = self.negative_iou**self.negative_power - 1
 
         def curve(value: Tensor) -> Tensor:
@@ -119,24 +136,18 @@ class DualWeight(Assigner):
         scaled = (curve(iou) - low + 1e-12) / (high - low + 1e-12)
         return scaled.where(inside & (iou >= self.negative_iou), 1.0)
 
-    def _center(self, priors: Priors, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, R) bool: is the prior's centre in the object (n, 4), and the preference for its centre, 0 if not."""
-        x, y = priors.centers.unbind(1)
+    def _center(self, priors: Priors, rows: Rows, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, C) bool: is the prior's centre in the object (n, 4), and the preference for its centre, 0 if not."""
+        x, y = (priors.centers[:, i].contiguous()[rows.prior] for i in (0, 1))
         x1, y1, x2, y2 = (side[:, None] for side in boxes.unbind(1))
-        inside = (x > x1) & (x < x2) & (y > y1) & (y < y2)
+        inside = rows.exists & (x > x1) & (x < x2) & (y > y1) & (y < y2)
         square = (x - (x1 + x2) / 2).square_().add_((y - (y1 + y2) / 2).square_())
-        power = square.mul_(-1 / (2 * self.sigma**2 * priors.stride.square()))
+        power = square.mul_((-1 / (2 * self.sigma**2 * priors.stride.square()))[rows.prior])
         return inside, power.clamp(min=-FAINT).exp_().mul_(inside & (power > -FAINT))
 
 
-def _score(predictions: Predictions) -> Tensor:
-    """(B, R, K) of class and quality together."""
-    score = predictions.class_logits.sigmoid()
-    return score if predictions.quality_logits is None else score.mul_(predictions.quality_logits.sigmoid()[..., None])
-
-
-def _ious(said: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """(4, n, R) and (n, 4) xyxy -> IoU and GIoU, (n, R); as in `detector.boxes`, by sides."""
+def _ious(said: tuple[Tensor, ...], boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Four (n, C) and (n, 4) xyxy -> IoU and GIoU, (n, C); as in `detector.boxes`, by sides."""
     x1, y1, x2, y2 = said
     a1, b1, a2, b2 = (side[:, None] for side in boxes.unbind(1))
     shared = (torch.minimum(x2, a2) - torch.maximum(x1, a1)).clamp_(min=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detector.assign import Assigner, Fcos, Rule
+from detector.assign import Assigner, Fcos, Rule, around
 from detector.structures import BACKGROUND, IGNORED, Assignment, Objects, Predictions, Priors
 from tests.assign.make import EXACT, ONE_ANCHOR, POINT, batch, pyramid, random_boxes
 
@@ -287,15 +287,44 @@ class NeverWaits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("count", [3, 2000])
-def test_never_waits_for_the_device(rule: Assigner, priors: Priors, count: int) -> None:
+def test_never_waits_for_the_device(
+    rule: Assigner, priors: Priors, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if rule.synchronises:
         pytest.skip("solved on the host, and says so")
+    monkeypatch.setattr(around, "may_ask", lambda device: False)  # as on a device that is not its own host
     sizes = torch.tensor([[200.0, 264], [100, 65]])
     objects = batch(random_boxes(count, SIZE, 0), [], ignore=[random_boxes(2, SIZE, 1)] * 2, sizes=sizes)
     said = predictions(priors, 2)
     rule(priors, objects, said)  # tables are made once
     with NeverWaits():
         rule(priors, objects, said)
+
+
+def pairs_in_order(found: Assignment) -> tuple[Tensor, Tensor]:
+    """(P, 2) prior and object of the pairs that weigh something, and (P, 2) their quality and weight."""
+    kept = found.weight > 0
+    index, values = torch.stack([found.prior, found.object], 1)[kept], torch.stack([found.quality, found.weight], 1)
+    order = (index[:, 0] * (1 << 32) + index[:, 1]).argsort()
+    return index[order], values[kept][order]
+
+
+@pytest.mark.parametrize("count", [3, 150])
+def test_a_device_that_may_be_asked_gives_the_same(
+    rule: Assigner, priors: Priors, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rule.synchronises:
+        pytest.skip("asks every device")
+    sizes = torch.tensor([[200.0, 264], [100, 65]])
+    objects = batch(random_boxes(count, SIZE, 0), random_boxes(5, SIZE, 2), sizes=sizes)
+    said = predictions(priors, 2)
+    asked = rule(priors, objects, said)
+    monkeypatch.setattr(around, "may_ask", lambda device: False)
+    never = rule(priors, objects, said)
+    assert torch.equal(pairs_in_order(asked)[0], pairs_in_order(never)[0])
+    torch.testing.assert_close(pairs_in_order(asked)[1], pairs_in_order(never)[1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(asked.ignored, never.ignored)
+    torch.testing.assert_close(asked.background_weight, never.background_weight, rtol=1e-5, atol=1e-6)
 
 
 def test_shapes_are_known_without_values(rule: Assigner, priors: Priors) -> None:

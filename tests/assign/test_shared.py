@@ -98,7 +98,9 @@ def test_twins_share_all(rule: Told, priors: Priors) -> None:
     rows = pairs(found, 0)
     one, two = (rows[rows[:, 1] == i] for i in (0, 1))
     assert len(one)
-    assert torch.equal(one[:, [0, 2, 3]], two[:, [0, 2, 3]])
+    assert torch.equal(one[:, 0], two[:, 0])
+    # Not to the last bit: sums of an object's own are taken in whatever order its place in a table of objects gives.
+    torch.testing.assert_close(one[:, 2:], two[:, 2:], rtol=1e-5, atol=1e-9)
 
 
 def test_permuting_objects_permutes_the_result(rule: Told, priors: Priors) -> None:

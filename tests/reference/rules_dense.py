@@ -7,12 +7,15 @@ outside the image).  Legend: R priors, n objects of one image, K classes, B imag
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
@@ -292,35 +295,28 @@ def paa(rule: Paa, priors: Priors, image: Image) -> Answer:
         chosen = torch.cat(rows)
         chosen = chosen[loss[chosen].sort(stable=True).indices]
         if len(chosen) >= 2:
-            chosen = chosen[good_part(loss[chosen].double().tolist(), rule.iterations, rule.tolerance)]
+            chosen = chosen[good_part(loss[chosen].double().numpy(), rule.iterations, rule.tolerance)]
         found.append(chosen)
     objects = torch.cat([torch.full_like(rows, j) for j, rows in enumerate(found)])
     return Answer(torch.cat(found), objects)
 
 
-def good_part(losses: list[float], iterations: int, tolerance: float) -> list[int]:
-    """Indices of the positives among rising losses: two Gaussians by expectation maximisation, one object alone."""
-    x = np.array(losses)[:, None]
-    mean, variance, share = np.array([losses[0], losses[-1]]), np.ones(2), np.full(2, 0.5)
-
-    def parts() -> Any:
-        return np.log(share) - 0.5 * np.log(2 * np.pi * variance) - 0.5 * (x - mean) ** 2 / variance
-
-    before = -math.inf
-    for _ in range(iterations):
-        each = parts()
-        density = np.logaddexp(each[:, 0], each[:, 1])
-        belongs = np.exp(each - density[:, None])
-        total = belongs.sum(0) + 1e-12
-        mean = (belongs * x).sum(0) / total
-        variance = (belongs * (x - mean) ** 2).sum(0) / total + 1e-6
-        share = total / len(x)
-        if abs(density.mean() - before) < tolerance:
-            break
-        before = density.mean()
-    each = parts()
-    density = np.logaddexp(each[:, 0], each[:, 1])
-    good = [i for i in range(len(x)) if each[i, 0] >= each[i, 1]]
+def good_part(losses: Any, iterations: int, tolerance: float) -> list[int]:
+    """Indices of the positives among rising losses: scikit-learn's mixture for one object, as at the peers."""
+    mixture = GaussianMixture(
+        2,
+        covariance_type="diag",
+        weights_init=np.full(2, 0.5),
+        means_init=losses[[0, -1], None],
+        precisions_init=np.ones((2, 1)),
+        max_iter=iterations,
+        tol=tolerance,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mixture.fit(losses[:, None])
+    part, density = mixture.predict(losses[:, None]), mixture.score_samples(losses[:, None])
+    good = [i for i in range(len(losses)) if part[i] == 0]
     if not good:
         return []
     highest = max(density[i] for i in good)

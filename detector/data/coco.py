@@ -62,7 +62,7 @@ class CocoData:
         return sample if n == 1 else follow(sample, image, (1 / n, 1 / n), (0.0, 0.0))
 
     def _path(self, i: int) -> str:
-        return os.path.join(self.index.images, self.index.file_name(i))
+        return os.path.join(self.index.folder(i), self.index.file_name(i))
 
     def _sample(self, i: int, image: np.ndarray) -> Sample:
         index = self.index

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from detector.config.load import find_recipe, load_config
 from detector.config.run import RunConfig
 from detector.config.yaml import COMMAND_LINE
+from detector.data.places import place_key
 from detector.errors import ConfigError
 from detector.lab.study import StudyConfig, as_arguments, below, flat, keys_of
 
@@ -26,7 +27,7 @@ class Cell:
     arm: str
     dataset: str
     seed: int
-    config: RunConfig
+    config: RunConfig = field(hash=False)
     folder: Path  # the cell's; the run itself is in `run` below it
 
     @property
@@ -52,7 +53,7 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """What makes it this run: the configuration, but for places and speed."""
-        return {k: v for k, v in flat(self.config.model_dump(mode="json")).items() if not below(k, FREE)}
+        return {k: v for k, v in flat(self.config.model_dump(mode="json")).items() if not below(place_key(k), FREE)}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from detector.config.node import Node
+from detector.data.cache import CacheKind, default_folder, open_cache
 from detector.data.coco import CocoData, CocoIndex
 from detector.data.index import class_names
 from detector.data.order import AnyOrdering, BySource, Shuffle
@@ -43,20 +44,40 @@ class DataSource(Node):
         128, ge=0, description="MiB in each worker for images that mosaic, mixup and copy-paste have drawn before"
     )
 
-    def open(self, split: SplitName, classes: tuple[str, ...] | None = None) -> CocoData:
+    cache: CacheKind = Field(
+        "none",
+        description="decoded images are kept from their first use on, while training: memory: by this run, for all of"
+        " its workers; file: in `cache_dir`, also for later runs",
+    )
+    cache_dir: Path | None = Field(None, description="default: $XDG_CACHE_HOME/detector, or ~/.cache/detector")
+
+    @model_validator(mode="after")
+    def _cache_has_a_folder(self) -> Self:
+        if self.cache_dir is not None and self.cache != "file":
+            raise ValueError(f"cache_dir is set, but cache is {self.cache!r}: set cache=file, or leave cache_dir out")
+        return self
+
+    def open(self, split: SplitName, classes: tuple[str, ...] | None = None, *, cached: bool = False) -> CocoData:
         """One split, indexed.
 
-        `classes`: what its classes must be, those of the training split or of a checkpoint; None: whatever they are.
+        Args:
+            classes: what its classes must be, those of the training split or of a checkpoint; None: whatever they are.
+            cached: with the `cache`, for whoever reads all images again and again.
 
         Raises:
-            DataError: the split is not given, a file is missing or wrong, or its classes are others.
+            DataError: the split is not given, a file is missing or wrong, its classes are others, or the cache does not
+                fit.
         """
         index = self.index(split)
         if classes is not None and index.classes != classes:
             raise DataError(
                 f"{index.annotations}: {_difference(index.classes, classes)}; all splits must have equal classes"
             )
-        return CocoData(index, None if self.reduced_decoding is None else self._least)
+        least = None if self.reduced_decoding is None else self._least
+        cache = None
+        if cached and self.cache != "none":
+            cache = open_cache(index, least, self.cache, self.cache_dir or default_folder())
+        return CocoData(index, least, cache)
 
     def _least(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that decoding has to leave of an image of `size`, in training as in evaluation."""

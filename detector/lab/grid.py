@@ -16,7 +16,8 @@ from detector.lab.study import StudyConfig, as_arguments, below, flat, keys_of
 
 MAX_DETS = 100
 # Where things are and how fast they go: may change between two calls without making it another run.
-FREE = ("name", "run", "imports", "data.root", "data.workers", "data.max_unreadable", "train.device", "train.threads",
+FREE = ("name", "run", "imports", "data.root", "data.workers", "data.cache", "data.cache_dir",
+        "data.max_unreadable", "train.device", "train.threads",
         "train.log_every", "train.save_every", "train.pictures", "train.probe")  # fmt: skip
 
 

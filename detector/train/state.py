@@ -26,6 +26,8 @@ FREE = (
     "imports",
     "data.root",
     "data.workers",
+    "data.cache",
+    "data.cache_dir",
     "data.max_unreadable",
     "train.length",
     "train.early_stopping",

@@ -89,6 +89,7 @@ class ImageCache:
         if found is None:
             found = decode()
             self._store(i, stamp, *found)
+            found = self._find(i, stamp) or found  # the copy that is shared, so that the other one can go
         return found
 
     def _find(self, i: int, stamp: tuple[int, int]) -> tuple[np.ndarray, int] | None:

@@ -106,7 +106,7 @@ class Reader:
         self.data = data
         self.max_unreadable = max_unreadable
         self.masks = masks
-        self.keep = keep if data.cache is None else 0
+        self.keep = keep
         self._kept: OrderedDict[int, Sample] = OrderedDict()
         self._bytes = 0
 

@@ -62,6 +62,8 @@ class CocoData:
         Raises:
             DataError: as `data[i]`.
         """
+        if self.cache is None and self.least is None:
+            return self[i]
         if self.cache is None:
             image, n = self._decoded(i)
         else:

@@ -30,6 +30,7 @@ setup(
         "numpy>=2.0",
         "opencv-python-headless>=5",
         "pillow>=10",
+        "psutil>=5.9",
         "pycocotools>=2.0.8",
         "pydantic>=2.10,<3",
         "pyyaml>=6",

@@ -16,6 +16,7 @@ import torch
 
 from detector.bench.loading import make_images
 from detector.bench.measure import Table, Target, Times, one_cv2_thread, take_turns
+from detector.data.cache import open_cache
 from detector.data.coco import CocoData, CocoIndex
 from detector.data.copy_paste import CopyPaste
 from detector.data.loader import TrainSource
@@ -45,8 +46,9 @@ METHOD = (
     " `PadIfNeeded` and `HorizontalFlip`; then `Affine`, `ColorJitter` and `HorizontalFlip`.  With cache: both find all"
     " images decoded in memory.  Without: both decode each image when it is needed.  Copy-paste: `{set}`, {pasted}"
     " images, short edge 240 and flip, with and without the step `copy_paste`, partners kept in memory as by default."
-    "  In turns, {turns} of them after one of warm-up; ratios are medians over the turns, in brackets their"
-    " quartiles."
+    "  data.cache=file: the strong pipeline on the same set with and without the cache; partners are not kept besides"
+    " (a set this small would lie there whole).  In turns, {turns} of them after one of warm-up; ratios are medians"
+    " over the turns, in brackets their quartiles."
 )
 
 
@@ -68,6 +70,14 @@ def _measure(folder: Path, count: int, turns: int) -> Table:
         "plain": _ours(pasted, (Flip(),), ShortEdge(short=240, long=360)),
         "copy-paste": _ours(pasted, (CopyPaste(), Flip()), ShortEdge(short=240, long=360)),
     }
+    stored = CocoData(pasted.index, cache=open_cache(pasted.index, None, "file", folder / "cache"))
+    sizing = Letterbox(size=(SIDE, SIDE))
+    candidates |= {
+        "not stored": _ours(pasted, STRONG, sizing, 0),
+        "stored": _ours(stored, STRONG, sizing, 0),
+        "decoding an image": lambda: [pasted.reduced(i) for i in range(len(pasted))],
+        "finding an image": lambda: [stored.reduced(i) for i in range(len(stored))],
+    }
     times = take_turns(candidates, torch.device("cpu"), turns=turns)
     stages = _stages(decoded)
     return _table(times, count, len(pasted), title, turns, stages)
@@ -88,12 +98,18 @@ def _table(times: Times, count: int, pasted: int, title: str, turns: int, stages
     rows.append(
         ("copy-paste by mask, with (without)", *speeds, f"{added:+.0%} ({times.spread('copy-paste', 'plain')})")
     )
+    for name, (one, other) in {
+        f"strong on {title}, data.cache=file (none)": ("stored", "not stored"),
+        f"an image of {title} read, data.cache=file (none)": ("finding an image", "decoding an image"),
+    }.items():
+        speeds = [f"{pasted / times.median(candidate):.0f}" for candidate in (one, other)]
+        rows.append((name, *speeds, f"{times.ratio(other, one):.2f} times ({times.spread(other, one)})"))
     whole = sum(stages.values())
     for name, seconds in stages.items():
         rows.append(
             (f"of the strong pipeline: {name}", f"{seconds / count * 1e3:.2f} ms", "", f"{seconds / whole:.0%}")
         )
-    a_second = count / times.median("ours")
+    a_second, photographs = count / times.median("ours"), pasted / times.median("stored")
     return Table(
         title="Augmentation",
         method=METHOD.format(images=count, version=albumentations.__version__, set=title, pasted=pasted, turns=turns),
@@ -104,6 +120,12 @@ def _table(times: Times, count: int, pasted: int, title: str, turns: int, stages
                 "strong pipeline with cache: times as fast as albumentations", faster["with cache"], LEAST_FASTER, False
             ),
             Target("strong pipeline with cache: images a second and core", a_second, LEAST_A_SECOND, False),
+            Target(
+                f"strong pipeline on {title} with data.cache=file: images a second and core",
+                photographs,
+                LEAST_A_SECOND,
+                False,
+            ),
             Target(f"copy-paste by mask on {title}: share of a sample's time added", added, MOST_ADDED, True),
         ],
         numbers={"seconds": times.seconds, "images": count, "faster": faster, "added": added, "stages": stages},
@@ -127,9 +149,11 @@ def _source(data: CocoData, augment: tuple[Step, ...], resize: Sizing, keep: int
     )
 
 
-def _ours(data: CocoData, augment: tuple[Step, ...], resize: Sizing) -> Callable[[], None]:
-    # Without cache for the strong pipeline, which is compared with one that has none; copy-paste as by default.
-    source = _source(data, augment, resize, 128 if isinstance(augment[0], CopyPaste) else 0)
+def _ours(data: CocoData, augment: tuple[Step, ...], resize: Sizing, keep: int | None = None) -> Callable[[], None]:
+    # Without partners' cache for the strong pipeline, which is compared with one that has none; copy-paste by default.
+    if keep is None:
+        keep = 128 if isinstance(augment[0], CopyPaste) else 0
+    source = _source(data, augment, resize, keep)
 
     def run() -> None:
         for i in range(len(data)):

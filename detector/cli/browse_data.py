@@ -71,7 +71,10 @@ def _run(options: argparse.Namespace) -> int:
         change.step.model_dump()["type"] + (f" ({change.probability:.2g})" if change.probability < 1 else "")
         for change in source.active(options.epoch)
     ]
-    titles = [f"index {key.image}, epoch {key.epoch}: {', '.join(names) or 'nothing on'}" for key in keys]
+    titles = [
+        f"{data.index.title(key.image)}index {key.image}, epoch {key.epoch}: {', '.join(names) or 'nothing on'}"
+        for key in keys
+    ]
     sheet = draw.pair_sheet(
         collate(before, pad_multiple=1),
         collate(after, pad_multiple=1),

@@ -106,11 +106,7 @@ def _score_checkpoint(options: argparse.Namespace) -> int:
         max_unreadable=config.data.max_unreadable,
     )
     evaluator = CocoEvaluator(
-        data.index.annotations,
-        options.engine or config.evaluate.engine,
-        limit,
-        use_classes=not options.ignore_classes,
-        category_ids=data.index.category_ids.tolist(),
+        data.index, options.engine or config.evaluate.engine, limit, use_classes=not options.ignore_classes
     )
     model = restored.model.to(device)
     precision = options.precision or (config.train.precision if device.type == "cuda" else "fp32")

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from detector.data.cache import ImageCache
 from detector.data.geometry import follow
 from detector.data.images import read_image, read_reduced
 from detector.data.index import CocoIndex as CocoIndex
@@ -28,12 +29,19 @@ class CocoData:
     """`data[i]` is image i of the index, decoded, with its objects and crowd regions; images without any are kept.
 
     Args:
+        cache: keeps what `data.reduced(i)` decodes.
         least: to the (height, width) of an image what `data.reduced(i)` must leave of it; None: all.
     """
 
-    def __init__(self, index: CocoIndex, least: Callable[[tuple[int, int]], tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        index: CocoIndex,
+        least: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+        cache: ImageCache | None = None,
+    ) -> None:
         self.index = index
         self.least = least
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.index)
@@ -54,15 +62,23 @@ class CocoData:
         Raises:
             DataError: as `data[i]`.
         """
-        if self.least is None:
+        if self.cache is None and self.least is None:
             return self[i]
-        height, width = self.index.sizes[i].tolist()
-        image, n = read_reduced(self._path(i), (height, width), self.least((height, width)))
+        if self.cache is None:
+            image, n = self._decoded(i)
+        else:
+            image, n = self.cache.read(i, self._path(i), lambda: self._decoded(i))
         sample = self._sample(i, image)
         return sample if n == 1 else follow(sample, image, (1 / n, 1 / n), (0.0, 0.0))
 
+    def _decoded(self, i: int) -> tuple[np.ndarray, int]:
+        height, width = self.index.sizes[i].tolist()
+        if self.least is None:
+            return read_image(self._path(i), (height, width)), 1
+        return read_reduced(self._path(i), (height, width), self.least((height, width)))
+
     def _path(self, i: int) -> str:
-        return os.path.join(self.index.images, self.index.file_name(i))
+        return os.path.join(self.index.folder(i), self.index.file_name(i))
 
     def _sample(self, i: int, image: np.ndarray) -> Sample:
         index = self.index

@@ -1,25 +1,29 @@
-"""The data section of a recipe: COCO-format files of one's own, or generated shapes."""
+"""The data section of a recipe: COCO-format files of one's own, generated shapes, or several such sets as one."""
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from detector.config.node import Node
+from detector.data.cache import CacheKind, default_folder, open_cache
 from detector.data.coco import CocoData, CocoIndex
-from detector.data.order import AnyOrdering, Shuffle
+from detector.data.index import class_names
+from detector.data.order import AnyOrdering, BySource, Shuffle
+from detector.data.places import PARTS, CocoPlace, Place, ShapesPlace, SplitFiles
+from detector.data.places import SplitName as SplitName
 from detector.data.resize import Resize, ShortEdge
-from detector.data.shape_suites import SUITES, SuiteName
-from detector.data.shapes import SMALLEST_IMAGE, ShapeSet, ensure
+from detector.data.several import Renaming, SeveralIndex, listed, merged, partly_labelled, renamed
 from detector.errors import DataError
 
-SplitName = Literal["train", "val", "test"]
-Side = Annotated[int, Field(ge=SMALLEST_IMAGE, le=4096)]
-PARTS: tuple[SplitName, ...] = ("train", "val", "test")
+_log = logging.getLogger(__name__)
 
 
 class DataSource(Node):
@@ -40,19 +44,40 @@ class DataSource(Node):
         128, ge=0, description="MiB in each worker for images that mosaic, mixup and copy-paste have drawn before"
     )
 
-    def open(self, split: SplitName, classes: tuple[str, ...] | None = None) -> CocoData:
+    cache: CacheKind = Field(
+        "none",
+        description="decoded images are kept from their first use on, while training: memory: by this run, for all of"
+        " its workers; file: in `cache_dir`, also for later runs",
+    )
+    cache_dir: Path | None = Field(None, description="default: $XDG_CACHE_HOME/detector, or ~/.cache/detector")
+
+    @model_validator(mode="after")
+    def _cache_has_a_folder(self) -> Self:
+        if self.cache_dir is not None and self.cache != "file":
+            raise ValueError(f"cache_dir is set, but cache is {self.cache!r}: set cache=file, or leave cache_dir out")
+        return self
+
+    def open(self, split: SplitName, classes: tuple[str, ...] | None = None, *, cached: bool = False) -> CocoData:
         """One split, indexed.
 
-        `classes`: what its classes must be, those of the training split or of a checkpoint; None: whatever they are.
+        Args:
+            classes: what its classes must be, those of the training split or of a checkpoint; None: whatever they are.
+            cached: with the `cache`, for whoever reads all images again and again.
 
         Raises:
-            DataError: the split is not given, a file is missing or wrong, or its classes are others.
+            DataError: the split is not given, a file is missing or wrong, its classes are others, or the cache does not
+                fit.
         """
-        annotations, images = self.files(split)
-        index = CocoIndex.load(annotations, images)
+        index = self.index(split)
         if classes is not None and index.classes != classes:
-            raise DataError(f"{annotations}: {_difference(index.classes, classes)}; all splits must have equal classes")
-        return CocoData(index, None if self.reduced_decoding is None else self._least)
+            raise DataError(
+                f"{index.annotations}: {_difference(index.classes, classes)}; all splits must have equal classes"
+            )
+        least = None if self.reduced_decoding is None else self._least
+        cache = None
+        if cached and self.cache != "none":
+            cache = open_cache(index, least, self.cache, self.cache_dir or default_folder())
+        return CocoData(index, least, cache)
 
     def _least(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that decoding has to leave of an image of `size`, in training as in evaluation."""
@@ -61,73 +86,197 @@ class DataSource(Node):
         return math.ceil(height * self.reduced_decoding), math.ceil(width * self.reduced_decoding)
 
     @abstractmethod
-    def files(self, split: SplitName) -> tuple[Path, Path]:
-        """(annotation file, image folder) of a split, made now where they are made on first use.
+    def parts(self, split: SplitName) -> dict[str, tuple[Path, Path]]:
+        """(annotation file, image folder) of each source of a split, under "" where there is but one; made now where
+        they are made on first use.
 
         Raises:
             DataError: the split is not given, or its files are missing.
         """
 
+    @abstractmethod
+    def gives(self, split: SplitName) -> bool:
+        """Whether the split is there."""
 
-class SplitFiles(Node):
-    """Where one split is, relative to the data's `root`."""
+    def index(self, split: SplitName) -> CocoIndex:
+        """
+        Raises:
+            DataError: as `parts`, or something in a file is wrong.
+        """
+        ((annotations, images),) = self.parts(split).values()
+        return CocoIndex.load(annotations, images)
 
-    annotations: Path
-    images: Path
 
-
-class CocoFiles(DataSource):
+class CocoFiles(CocoPlace, DataSource):
     """Annotation files in COCO's format and folders of images."""
 
-    type: Literal["coco"] = "coco"
-    root: Path = Field(Path("."), description="the splits' paths are relative to this, and this to the current folder")
     train: SplitFiles
     val: SplitFiles
-    test: SplitFiles | None = None
 
-    def files(self, split: SplitName) -> tuple[Path, Path]:
-        given = {"train": self.train, "val": self.val, "test": self.test}[split]
-        if given is None:
-            raise DataError(f"data.{split} is not set: give data.{split}.annotations and data.{split}.images")
-        annotations, images = self.root / given.annotations, self.root / given.images
-        for key, path, found in (
-            ("annotations", annotations, annotations.is_file()),
-            ("images", images, images.is_dir()),
-        ):
-            if not found:
-                what = "file" if key == "annotations" else "folder"
-                raise DataError(
-                    f"data.{split}.{key}: {path}: no such {what}; set data.root (now {self.root}) to where the data"
-                    f" are, or data.{split}.{key}"
-                )
-        return annotations, images
+    def parts(self, split: SplitName) -> dict[str, tuple[Path, Path]]:
+        return {"": self.files(split)}
+
+    def gives(self, split: SplitName) -> bool:
+        return self.has(split)
 
 
-class ShapesData(DataSource):
+class ShapesData(ShapesPlace, DataSource):
     """Generated shapes, written on first use: nothing to download."""
 
-    type: Literal["shapes"] = "shapes"
-    suite: SuiteName = Field("plain", description="; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items()))
-    size: tuple[Side, Side] = Field((192, 256), description="height, width of the images")
-    train: int = Field(240, ge=1, description="images of the training split")
-    val: int = Field(60, ge=1)
-    test: int = Field(60, ge=1)
-    seed: int = Field(0, ge=0, description="of the pictures, not of the training")
-    root: Path | None = Field(None, description="default: data/shapes-<suite>-<height>x<width>")
     resize: Resize = ShortEdge(short=192, long=256)
 
-    @property
-    def folder(self) -> Path:
-        return self.root or Path("data") / f"shapes-{self.suite}-{self.size[0]}x{self.size[1]}"
+    def parts(self, split: SplitName) -> dict[str, tuple[Path, Path]]:
+        return {"": self.files(split)}
 
-    def files(self, split: SplitName) -> tuple[Path, Path]:
-        count = {"train": self.train, "val": self.val, "test": self.test}[split]
-        folder = self.folder / split
-        ensure(folder, ShapeSet(self.suite, count, self.size, self.seed, PARTS.index(split)))
-        return folder / "annotations.json", folder / "images"
+    def gives(self, split: SplitName) -> bool:
+        return self.has(split)
 
 
-Data = Annotated[CocoFiles | ShapesData, Field(discriminator="type")]
+class Member(Place):
+    """One of several sources: how its classes are called in the run."""
+
+    rename: dict[str, str] = Field({}, description="{name in its files: name in the run}; may make several classes one")
+    drop: tuple[str, ...] = Field((), description="classes, as in its files, whose objects are not used")
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Member:
+        both = next((name for name in self.drop if name in self.rename), None)
+        if both is not None:
+            raise ValueError(f"class {both!r} is both renamed and dropped: take it out of one of them")
+        return self
+
+
+class CocoMember(CocoPlace, Member):
+    """A source in COCO's format; it takes part in the splits that it gives."""
+
+
+class ShapesMember(ShapesPlace, Member):
+    """A source of generated shapes."""
+
+
+SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
+Chosen = Annotated[
+    Literal["all"] | tuple[SourceName, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) and value != "all" else value),
+]
+
+
+class SeveralData(DataSource):
+    """Several data sets in one run; classes of equal names are one class."""
+
+    type: Literal["several"] = "several"
+    sources: dict[SourceName, Annotated[CocoMember | ShapesMember, Field(discriminator="type")]] = Field(
+        min_length=1, description="name: {type: coco | shapes, where it is, rename, drop}; images come in this order"
+    )
+    classes: tuple[str, ...] | None = Field(
+        None, min_length=1, description="all classes in the order of their labels; default: as they first appear"
+    )
+    partial: Literal["note", "refuse", "allow"] = Field(
+        "note",
+        description="classes that a training source does not label and that its images would teach as background",
+    )
+    train: Chosen = Field("all", description="the sources to train on: a name, names, or all that give this split")
+    val: Chosen = "all"
+    test: Chosen = "all"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SeveralData:
+        if "all" in self.sources:
+            raise ValueError("sources: none may be called 'all', which means all of them")
+        if self.classes is not None and len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes: a name occurs twice")
+        for split in PARTS:
+            chosen = self._chosen(split)
+            if chosen == "all":
+                if split != "test" and not self.taking_part(split):
+                    raise ValueError(f"no source gives the split {split}: give sources.NAME.{split}")
+                continue
+            for name in chosen:
+                if name not in self.sources:
+                    raise ValueError(f"{split}: there is no source {name!r}; there are {listed(tuple(self.sources))}")
+                if not self.sources[name].has(split):
+                    raise ValueError(
+                        f"{split}: the source {name!r} does not give this split: set sources.{name}.{split}"
+                    )
+            if not chosen or len(set(chosen)) < len(chosen):
+                raise ValueError(f"{split}: expected at least one source, each once")
+        if isinstance(self.order, BySource):
+            self.order.check(self.taking_part("train"))
+        return self
+
+    def taking_part(self, split: SplitName) -> tuple[str, ...]:
+        """The sources of a split, in the order of `sources`."""
+        chosen = self._chosen(split)
+        return tuple(n for n, s in self.sources.items() if (s.has(split) if chosen == "all" else n in chosen))
+
+    def gives(self, split: SplitName) -> bool:
+        return bool(self.taking_part(split))
+
+    def parts(self, split: SplitName) -> dict[str, tuple[Path, Path]]:
+        names = self.taking_part(split)
+        if not names:
+            raise DataError(f"data.{split}: no source gives this split: give data.sources.NAME.{split}")
+        return {name: self._paths(name, split) for name in names}
+
+    def index(self, split: SplitName) -> SeveralIndex:
+        parts = {}
+        for name, paths in self.parts(split).items():
+            with _of_source(name):
+                parts[name] = CocoIndex.load(*paths)
+        renaming = self.renaming()
+        classes = merged(renaming, self.classes)
+        for name, part in parts.items():
+            strange = next((c for c in part.classes if c not in renaming[name]), None)
+            if strange is not None:
+                raise DataError(
+                    f"source {name!r}: {part.annotations}: class {strange!r} is none of the source's first split; all"
+                    " splits of a source must have equal classes"
+                )
+        if split == "train":
+            self._judge({name: renaming[name] for name in parts}, classes)
+        return SeveralIndex.merge(parts, classes, renaming)
+
+    def renaming(self) -> dict[str, Renaming]:
+        """Of every source, whether it takes part or not, so that the classes are the same in all splits.
+
+        Raises:
+            DataError: a file is missing or wrong, or a class is named that a source does not have.
+        """
+        found = {}
+        for name, source in self.sources.items():
+            split = next((split for split in PARTS if source.has(split)), None)
+            if split is None:
+                raise DataError(f"data.sources.{name}: gives no split: set data.sources.{name}.train")
+            with _of_source(name):
+                names = class_names(*self._paths(name, split))
+            found[name] = renamed(name, names, source.rename, source.drop)
+        return found
+
+    def _judge(self, renaming: dict[str, Renaming], classes: tuple[str, ...]) -> None:
+        """What `partial` asks for."""
+        problem = partly_labelled(renaming, classes) if self.partial != "allow" else None
+        if problem is not None and self.partial == "refuse":
+            raise DataError(f"data.sources: {problem}")
+        if problem is not None:
+            _log.warning("data.sources: %s", problem)
+
+    def _chosen(self, split: SplitName) -> Literal["all"] | tuple[str, ...]:
+        return {"train": self.train, "val": self.val, "test": self.test}[split]
+
+    def _paths(self, name: str, split: SplitName) -> tuple[Path, Path]:
+        return self.sources[name].files(split, f"data.sources.{name}")
+
+
+Data = Annotated[CocoFiles | ShapesData | SeveralData, Field(discriminator="type")]
+
+
+@contextmanager
+def _of_source(name: str) -> Iterator[None]:
+    """Says which source's files are at fault."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"source {name!r}: {error}") from None
 
 
 def _difference(found: tuple[str, ...], expected: tuple[str, ...]) -> str:

@@ -10,6 +10,7 @@ format, a camera's orientation, damage, odd colour spaces) by cv2.  Where both c
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from detector.errors import DataError
 
 _UPRIGHT = cv2.IMREAD_COLOR_RGB
 _AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+LARGEST = 178_000_000  # pixels of an image when decoded: half a GiB
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG_START, _JPEG_END, _JPEG_SCAN, _JPEG_APP1 = b"\xff\xd8", b"\xff\xd9", 0xDA, 0xE1
 _EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
 
@@ -33,7 +36,8 @@ def read_image(path: Path | str, expected_size: tuple[int, int] | None = None) -
     for, fits only the image as it is stored.
 
     Raises:
-        DataError: the file is missing, no image, damaged or cut off, or of another size than expected.
+        DataError: the file is missing, no image, damaged or cut off, of another size than expected, or of more than
+            `LARGEST` pixels.
     """
     return _read_whole(_read(path), path, expected_size)
 
@@ -51,9 +55,15 @@ def read_reduced(path: Path | str, size: tuple[int, int], least: tuple[int, int]
         DataError: as `read_image`.
     """
     content = _read(path)
-    n = next((n for n in (8, 4, 2) if -(-size[0] // n) >= least[0] and -(-size[1] // n) >= least[1]), 1)
+    n = reduction(size, least)
+    _refuse_huge((-(-size[0] // n), -(-size[1] // n)), path)
     reduced = None if n == 1 else _decode_reduced(content, size, n)
     return (_read_whole(content, path, size), 1) if reduced is None else (reduced, n)
+
+
+def reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
+    """The largest of 1, 2, 4, 8 by which an image of `size` can be divided so that `least` is left of it."""
+    return next((n for n in (8, 4, 2) if -(-size[0] // n) >= least[0] and -(-size[1] // n) >= least[1]), 1)
 
 
 def is_cut_off(content: np.ndarray | bytes) -> bool:
@@ -83,6 +93,7 @@ def _read(path: Path | str) -> bytes:
 
 
 def _read_whole(content: bytes, path: Path | str, expected_size: tuple[int, int] | None) -> np.ndarray:
+    _refuse_huge(_size_of(content, path), path)
     image = _decode(content, _UPRIGHT, path)
     if expected_size is None or image.shape[:2] == expected_size:
         return image
@@ -94,6 +105,33 @@ def _read_whole(content: bytes, path: Path | str, expected_size: tuple[int, int]
         f"{expected_size[0]}, {expected_size[1]}; annotate the file that is used, or correct the sizes with "
         "`python tools/check_data.py --fix`"
     )
+
+
+def _refuse_huge(size: tuple[int, int], path: Path | str) -> None:
+    if size[0] * size[1] > LARGEST:
+        raise DataError(
+            f"{path}: the image has height, width {size[0]}, {size[1]}: {size[0] * size[1] / 1e6:,.0f} million pixels,"
+            f" which would take {size[0] * size[1] * 3 / 2**30:.1f} GiB in each worker; at most {LARGEST / 1e6:,.0f}"
+            " million are decoded: cut it into tiles (a plain JPEG may instead be read smaller, by"
+            " data.reduced_decoding=1)"
+        )
+
+
+def _size_of(content: bytes, path: Path | str) -> tuple[int, int]:
+    """(height, width) as the header says, at most a few microseconds for JPEG and PNG; 0, 0 if it says nothing."""
+    try:
+        if content[:2] == _JPEG_START:
+            height, width = simplejpeg.decode_jpeg_header(content)[:2]
+        elif content[:8] == _PNG_START:
+            width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+        else:
+            with Image.open(io.BytesIO(content)) as image:
+                width, height = image.size
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which is a little above
+        raise DataError(f"{path}: the image is too large to be decoded ({error}): cut it into tiles") from None
+    except (ValueError, OSError, SyntaxError):
+        return 0, 0
+    return height, width
 
 
 def _decode(content: bytes, flags: int, path: Path | str) -> np.ndarray:

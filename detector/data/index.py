@@ -78,7 +78,19 @@ class CocoIndex:
         return self.names[self.name_offsets[i] : self.name_offsets[i + 1]].decode("utf-8")
 
     def image_path(self, i: int) -> Path:
-        return self.images / self.file_name(i)
+        return self.folder(i) / self.file_name(i)
+
+    def folder(self, i: int) -> Path:
+        """That the file name of image i is relative to."""
+        return self.images
+
+    def title(self, i: int) -> str:
+        """What goes before an image's id or place where a person reads it: its source, where there are several."""
+        return ""
+
+    def origin(self, row: int) -> tuple[CocoIndex, int]:
+        """The index of the file that holds an annotation, and its row there."""
+        return self, row
 
     def rows(self, i: int) -> slice:
         """Of image i in the annotation arrays, crowd regions included."""
@@ -144,6 +156,19 @@ class CocoIndex:
         return DataError(
             f"{self.annotations}: annotation id {self.annotation_ids[row]}: segmentation: {problem}; see {self.doctor}"
         )
+
+
+def class_names(annotations: Path, images: Path) -> tuple[str, ...]:
+    """The classes of a COCO file by rising category id, and nothing else of it.
+
+    Raises:
+        DataError: the file is missing or wrong.
+    """
+    place = columns.Place(Path(annotations), Path(images))
+    try:
+        return _categories(list(chain.from_iterable(read_in_pieces(place.annotations).categories)), place, [])[1]
+    except (Unusual, DataError):
+        return _categories(list(chain.from_iterable(read_whole(place.annotations).categories)), place, [])[1]
 
 
 def _build(annotations: Path, folder: Path) -> CocoIndex:

@@ -15,6 +15,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -154,13 +155,31 @@ class Loader:
                 if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 raise DataError(
-                    f"a data worker was ended from outside, most often because memory ran out ({error}):"
+                    f"a data worker was ended from outside, most often because memory ran out ({self._end()}):"
                     " set data.workers lower, or to 0, and resume"
                 ) from error
             if isinstance(batch, UserError):
                 raise batch
             self._count(batch.failures)
             yield batch
+
+    def _end(self) -> str:
+        """Ends all workers; which of them were gone before."""
+        iterator: Any = self._loader._iterator
+        gone: dict[int, str] = {}
+        for _ in range(2 + len(iterator._workers)):
+            try:  # torch watches for workers that die and raises wherever the main process is, until they are ended
+                if not gone:  # what a worker held breaks off a moment before it is gone
+                    connection.wait([worker.sentinel for worker in iterator._workers], timeout=5)
+                for worker in iterator._workers:
+                    if not worker.is_alive() and worker.pid not in gone:
+                        how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit code {worker.exitcode}"
+                        gone[worker.pid] = f"process {worker.pid}: {how}"
+                iterator._shutdown_workers()
+                break
+            except RuntimeError:
+                continue
+        return ", ".join(gone.values())
 
     def _count(self, failures: tuple[str, ...]) -> None:
         for line in failures:

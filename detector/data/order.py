@@ -7,6 +7,7 @@ weight w (mean 1) gets floor(w) or ceil(w) places, w on average: budgets stay co
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import Field
 from detector import seeding
 from detector.config.node import Node
 from detector.data.index import CocoIndex
+from detector.data.several import SeveralIndex
 from detector.errors import DataError
 
 
@@ -29,9 +31,13 @@ class Ordering(Node):
     def weights(self, index: CocoIndex) -> np.ndarray | None:
         """(n,) float64 of mean 1: how often an epoch shows each image, on average; None: each exactly once."""
 
+    def strata(self, index: CocoIndex) -> np.ndarray | None:
+        """(n,) int64: groups of images whose places in an epoch are their summed weights, rounded down or up."""
+        return None
+
     def of(self, index: CocoIndex, seed: int) -> Order:
         wide = index.sizes[:, 1] >= index.sizes[:, 0] if self.group_shapes else None
-        return Order(len(index), seed, self.weights(index), wide)
+        return Order(len(index), seed, self.weights(index), wide, self.strata(index))
 
 
 class Shuffle(Ordering):
@@ -81,17 +87,70 @@ class ClassBalanced(Ordering):
         return np.asarray(np.where(empty, 1.0, chance * (len(index) - empty.sum())))
 
 
-AnyOrdering = Annotated[Shuffle | RepeatFactor | ClassBalanced, Field(discriminator="type")]
+class BySource(Ordering):
+    """Each of several data sets with a share of its own, whatever its size; within a set every image alike."""
+
+    type: Literal["by_source"] = "by_source"
+    shares: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        min_length=1, description="source: its share of the samples, relative to the others'; 0: none"
+    )
+
+    def check(self, sources: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: the shares are not those of exactly these sources, or all of them are 0.
+        """
+        strange = next((name for name in self.shares if name not in sources), None)
+        if strange is not None:
+            raise ValueError(f"order.shares: {strange!r} is no source to train on; they are {', '.join(sources)}")
+        lacking = next((name for name in sources if name not in self.shares), None)
+        if lacking is not None:
+            raise ValueError(f"order.shares: the source {lacking!r} has none: give one for each, 0 to leave it out")
+        if not any(self.shares.values()):
+            raise ValueError("order.shares: all are 0, expected one above")
+
+    def weights(self, index: CocoIndex) -> np.ndarray:
+        """
+        Raises:
+            DataError: the data are not of several sources, or one that is to have samples has no image.
+        """
+        if not isinstance(index, SeveralIndex):
+            raise DataError("data.order.type=by_source needs several sources: set data.type=several, or another order")
+        shares = np.array([self.shares[name] for name in index.sources])
+        counts = np.diff(index.first_image)
+        empty = np.flatnonzero((counts == 0) & (shares > 0))
+        if len(empty):
+            name = index.sources[empty[0]]
+            raise DataError(f"data.order.shares: the source {name!r} holds no image: set {name}: 0")
+        return np.asarray((len(index) * shares / shares.sum() / np.maximum(counts, 1))[index.source])
+
+    def strata(self, index: CocoIndex) -> np.ndarray | None:
+        return index.source if isinstance(index, SeveralIndex) else None
+
+
+AnyOrdering = Annotated[Shuffle | RepeatFactor | ClassBalanced | BySource, Field(discriminator="type")]
 
 
 class Order:
-    """The images of each epoch.  n images, b images of a step on all ranks together."""
+    """The images of each epoch.  n images, b images of a step on all ranks together.
 
-    def __init__(self, length: int, seed: int, weights: np.ndarray | None = None, wide: np.ndarray | None = None):
+    Of images with weights, those of one of the `strata` together get as many places as their weights sum to, rounded
+    down or up.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        weights: np.ndarray | None = None,
+        wide: np.ndarray | None = None,
+        strata: np.ndarray | None = None,
+    ) -> None:
         self.length = length
         self.seed = seed
         self.weights = weights
         self.wide = wide
+        self.strata = strata
 
     def epoch(self, epoch: int, batch: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """((n,) images in their order, (n,) how often each was shown before in this epoch).
@@ -100,6 +159,8 @@ class Order:
         """
         rng = seeding.generator(self.seed, seeding.ORDER, epoch)
         images = rng.permutation(self.length)
+        if self.strata is not None:
+            images = images[np.argsort(self.strata[images], kind="stable")]
         if self.weights is not None:
             images = rng.permutation(_resample(images, self.weights[images], rng))
         if self.wide is not None:

@@ -222,7 +222,7 @@ class Stored:
         Raises:
             DataError: the mask is wrong or disagrees with its box: names the annotation.
         """
-        index, row = self.index, self.row
+        index, row = self.index.origin(self.row)
         box = index.boxes[row].astype(np.float64)
         if not self.true:
             return Polygons.rectangle(box)

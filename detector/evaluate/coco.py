@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from detector.data.index import CocoIndex
 from detector.errors import UserError
 from detector.evaluate.engines import Curves, Engine, Found, IouType, curves
 from detector.evaluate.results import kind_of, parse_results, read_list, write_results
@@ -82,6 +83,8 @@ class CocoEvaluator:
     are taken at this limit; AR_1, AR_10 and AR_100 keep the limit in their name (or `max_dets` where that is less), and
     a larger limit n adds AR_n to the twelve numbers.
 
+    `annotations`: a COCO file, its content, or the index of what is evaluated.
+
     `category_ids`: the category of each label; by default the annotations' categories by ascending id.
 
     Raises:
@@ -90,7 +93,7 @@ class CocoEvaluator:
 
     def __init__(
         self,
-        annotations: Path | dict[str, Any],
+        annotations: Path | dict[str, Any] | CocoIndex,
         engine: Engine = "hotcoco",
         max_dets: int = 100,
         iou_type: IouType = "bbox",
@@ -100,7 +103,11 @@ class CocoEvaluator:
         if max_dets < 1:
             raise UserError(f"max_dets is {max_dets}, expected at least 1")
         self.engine, self.max_dets, self.iou_type, self.use_classes = engine, max_dets, iou_type, use_classes
-        self.truth = Truth.load(annotations, masks=iou_type == "segm")
+        masks = iou_type == "segm"
+        if isinstance(annotations, CocoIndex):
+            self.truth = Truth.of(annotations, masks)
+        else:
+            self.truth = Truth.load(annotations, masks)
         ids = self.truth.category_ids if category_ids is None else np.asarray(category_ids, dtype=np.int64)
         self._category, known = lookup(ids, self.truth.category_ids)
         if not known.all():

@@ -15,6 +15,8 @@ import numpy as np
 
 from detector.data import columns
 from detector.data.annotations import check_is_coco, read_document, read_full, short
+from detector.data.index import CocoIndex
+from detector.data.several import SeveralIndex
 
 # Square pixels of the annotation's `area`, as COCO defines them; the borders belong to both sides.
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
@@ -57,6 +59,17 @@ class Truth:
             document = read_full(annotations) if masks else read_document(annotations)[0]
             check_is_coco(document, annotations)
         return _from_document(document, place, masks)
+
+    @classmethod
+    def of(cls, index: CocoIndex, masks: bool = False) -> Truth:
+        """Of the annotation file behind an index; of several, with the ids and classes that the index gives them.
+
+        Raises:
+            DataError: as `load`.
+        """
+        if not isinstance(index, SeveralIndex):
+            return cls.load(index.annotations, masks)
+        return _join(index, [cls.load(part.annotations, masks) for part in index.parts])
 
 
 def lookup(values: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,4 +127,51 @@ def _from_document(document: dict[str, Any], place: columns.Place, with_masks: b
         crowd=np.array([item.get("iscrowd") in (1, True) for item in items], dtype=bool)[kept],
         masks=masks,
         notices=tuple(f"{n.sum()} annotations {why} are not scored" for why, n in left_out.items() if n.any()),
+    )
+
+
+def _join(index: SeveralIndex, truths: list[Truth]) -> Truth:
+    """Objects of classes that are left out are not there."""
+    ids, images, categories, kept = [], [], [], []
+    order = np.argsort(index.image_ids)
+    place = np.argsort(order)  # of the index's images among the ascending ids
+    for s, (truth, part) in enumerate(zip(truths, index.parts, strict=True)):
+        own = np.argsort(part.image_ids)
+        category = index.label_maps[s][truth.category]
+        kept.append(np.flatnonzero(category >= 0))
+        images.append(place[index.first_image[s] + own[truth.image]][kept[s]])
+        categories.append(category[kept[s]])
+        # Boxes that the index leaves out have no id there; they get one below, past all others.
+        rows = slice(index.first_row[s], index.first_row[s + 1])
+        known, new = part.annotation_ids[index.part_rows[rows]], index.annotation_ids[rows]
+        by_id = np.argsort(known)
+        at, found = lookup(truth.ids[kept[s]], known[by_id])
+        ids.append(np.where(found, new[by_id][at] if len(new) else 0, -1))
+    together = np.concatenate(ids)
+    nameless = together == -1
+    together[nameless] = index.annotation_ids.max(initial=0) + 1 + np.arange(nameless.sum())
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(truth, name)[rows] for truth, rows in zip(truths, kept, strict=True)])
+
+    masks = None
+    if all(truth.masks is not None for truth in truths):
+        masks = [(truth.masks or [])[k] for truth, rows in zip(truths, kept, strict=True) for k in rows]
+    sizes = np.concatenate([truth.image_sizes for truth in truths])
+    starts = np.repeat(index.first_image[:-1], np.diff(index.first_image))
+    ranks = np.concatenate([np.argsort(np.argsort(part.image_ids)) for part in index.parts])
+    return Truth(
+        source=str(index.annotations),
+        image_ids=index.image_ids[order],
+        image_sizes=sizes[(starts + ranks)[order]],
+        category_ids=index.category_ids,
+        names=index.classes,
+        ids=together,
+        image=np.concatenate(images),
+        category=np.concatenate(categories),
+        boxes=joined("boxes"),
+        area=joined("area"),
+        crowd=joined("crowd"),
+        masks=masks,
+        notices=(*(f"{t.source}: {n}" for t in truths for n in t.notices), *index.notices),
     )

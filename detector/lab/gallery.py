@@ -59,7 +59,7 @@ def scenes(study: StudyConfig, cells: Sequence[Cell], dataset: str) -> tuple[lis
                 assignment = assignment_of(dense, assignments)
                 row = rule_row(batch, dense.priors, assignment, data.index.classes, arm, panel=260)
                 pictures.setdefault(i, {})[arm] = uri(jpeg(row))
-                titles[i] = f"image {int(data.index.image_ids[i])} of {dataset}"
+                titles[i] = f"{data.index.title(i)}image {int(data.index.image_ids[i])} of {dataset}"
         except (CheckpointError, DataError) as error:
             notes.append(f"{cell.name}: no pictures: {error}")
     return [Scene(titles[i], rows) for i, rows in pictures.items()], notes
@@ -77,10 +77,9 @@ def seen(cells: Sequence[Cell], split: str) -> dict[str, list[Seen]]:
     found: dict[str, list[Seen]] = {}
     truths: dict[str, Truth] = {}
     for cell in cells:
-        annotations, _ = cell.config.data.files(split)  # type: ignore[arg-type]
-        key = str(annotations)
+        key = cell.config.data.model_dump_json()
         if key not in truths:
-            truths[key] = Truth.load(annotations)
+            truths[key] = Truth.of(cell.config.data.open(split).index)  # type: ignore[arg-type]
         found.setdefault(cell.arm, []).append(Seen.of(cell, truths[key]))
     return found
 
@@ -110,7 +109,8 @@ def _picture(data: CocoData, miss: Miss, seeds: int, others: int) -> MissPicture
     except DataError:
         return None
     name = index.classes[int(index.labels[row])]
-    caption = f"{name}, image {int(index.image_ids[i])}: missed by {round(miss.missed * seeds)} of {seeds} seeds"
+    caption = f"{name}, {index.title(i)}image {int(index.image_ids[i])}"
+    caption += f": missed by {round(miss.missed * seeds)} of {seeds} seeds"
     if others:
         caption += f", by {round(miss.elsewhere * others)} of {others} other runs"
     caption += f"; {miss.positives:.1f} positives"

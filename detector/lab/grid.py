@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 from detector.config.load import find_recipe, load_config
 from detector.config.run import RunConfig
 from detector.config.yaml import COMMAND_LINE
+from detector.data.places import place_key
 from detector.errors import ConfigError
 from detector.lab.study import StudyConfig, as_arguments, below, flat, keys_of
 
 MAX_DETS = 100
 # Where things are and how fast they go: may change between two calls without making it another run.
-FREE = ("name", "run", "imports", "data.root", "data.workers", "data.max_unreadable", "train.device", "train.threads",
+FREE = ("name", "run", "imports", "data.root", "data.workers", "data.cache", "data.cache_dir",
+        "data.max_unreadable", "train.device", "train.threads",
         "train.log_every", "train.save_every", "train.pictures", "train.probe")  # fmt: skip
 
 WEIGHTS = "model.backbone.weights"
@@ -30,7 +32,7 @@ class Cell:
     arm: str
     dataset: str
     seed: int
-    config: RunConfig
+    config: RunConfig = field(hash=False)
     folder: Path  # the cell's; the run itself is in `run` below it
 
     @property
@@ -56,7 +58,8 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """What makes it this run: the configuration, but for places and speed; of a file of weights what it holds."""
-        found = {k: v for k, v in flat(self.config.model_dump(mode="json")).items() if not below(k, FREE)}
+        settings = flat(self.config.model_dump(mode="json"))
+        found = {k: v for k, v in settings.items() if not below(place_key(k), FREE)}
         weights = found.get(WEIGHTS)
         if weights is not None and Path(weights).is_file():
             found[WEIGHTS] = f"sha256 {_digest(Path(weights), Path(weights).stat().st_mtime_ns)}"

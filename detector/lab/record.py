@@ -64,7 +64,7 @@ def observe(config: RunConfig, checkpoint: Path, split: SplitName) -> Record:
         max_unreadable=config.data.max_unreadable,
     )
     limit = config.evaluate.max_dets
-    evaluator = CocoEvaluator(data.index.annotations, max_dets=limit, category_ids=data.index.category_ids.tolist())
+    evaluator = CocoEvaluator(data.index, max_dets=limit)
     decoding = config.decode.model_copy(update={"max_detections": max(config.decode.max_detections, limit)})
     treated: list[Treatment] = []
     with inference(module):

@@ -65,8 +65,8 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
     elif not overwrite:
         files.check_free()
 
-    data = config.data.open("train")
-    val = config.data.open("val", data.index.classes)
+    data = config.data.open("train", cached=True)
+    val = config.data.open("val", data.index.classes, cached=True)
     horizon = Horizon(settings.length.count(len(data), settings.batch_size), len(data), settings.batch_size)
     state = TrainingState.build(config, data.index, device, load_weights=saved is None)
     rule = config.assigner  # None where the criterion matches by itself

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 import detector
 from detector.config.run import RunConfig
 from detector.data.coco import CocoIndex
+from detector.data.places import place_key
 from detector.errors import CheckpointError
 from detector.train.checkpoint import Checkpoint, check_classes
 from detector.train.ema import Ema
@@ -25,6 +26,8 @@ FREE = (
     "imports",
     "data.root",
     "data.workers",
+    "data.cache",
+    "data.cache_dir",
     "data.max_unreadable",
     "train.length",
     "train.early_stopping",
@@ -134,7 +137,7 @@ def check_same_run(content: Checkpoint, config: dict[str, Any], path: Path) -> l
         if before.get(key) == now.get(key):
             continue
         change = f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
-        if not any(f"{key}.".startswith(f"{free}.") for free in FREE):
+        if not any(f"{place_key(key)}.".startswith(f"{free}.") for free in FREE):
             raise CheckpointError(
                 f"{path}: cannot go on, because that would be another run: {change}; use the configuration that it was"
                 f" started with ({path.with_name('config.yaml')}), or start a new run"

@@ -44,12 +44,7 @@ class Validation:
         """
         settings = self.config.evaluate
         limit = max(self.config.decode.max_detections, settings.max_dets)  # as many may be found as count
-        evaluator = CocoEvaluator(
-            self.data.index.annotations,
-            settings.engine,
-            settings.max_dets,
-            category_ids=self.data.index.category_ids.tolist(),
-        )
+        evaluator = CocoEvaluator(self.data.index, settings.engine, settings.max_dets)
 
         def watch(batch: Batch, found: Sequence[Detections]) -> None:
             if stop.name is not None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import cv2
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detector.data.images import is_cut_off, read_image
+from detector.data.images import LARGEST, is_cut_off, read_image, read_reduced
 from detector.errors import DataError
 
 ORIENTATION = 0x0112
@@ -186,3 +189,47 @@ def test_a_jpeg_with_camera_data_or_odd_sampling_is_left_to_cv2(
     assert read_image(plain).shape == (60, 80, 3)
     with pytest.raises(AssertionError, match="plain"):
         read_image(odd)
+
+
+def huge_png(path: Path, side: int) -> Path:
+    """A file of a few kB that says it is `side` x `side` pixels, as a black picture of that size would."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    rows = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + rows + chunk(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.gif", "x.bmp"])
+def test_an_image_too_large_for_memory_is_refused_before_it_is_decoded(tmp_path: Path, name: str) -> None:
+    path, side = tmp_path / name, 30_000
+    if name == "x.png":
+        huge_png(path, side)
+    else:  # a small file whose header says that it is large
+        Image.new("RGB", (64, 48)).save(path)
+        content = bytearray(path.read_bytes())
+        at, form = {"x.jpg": (content.find(b"\xff\xc0") + 5, ">HH"), "x.gif": (6, "<HH"), "x.bmp": (18, "<ii")}[name]
+        content[at : at + struct.calcsize(form)] = struct.pack(form, side, side)
+        path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        for size in (None, (side, side), (9, 9)):
+            with pytest.raises(DataError) as caught:
+                read_image(path, size)
+            assert str(path) in str(caught.value)
+            assert "cut it into tiles" in str(caught.value)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    if name in ("x.png", "x.jpg"):
+        with pytest.raises(DataError, match=r"30000, 30000: 900 million pixels, which would take 2\.5 GiB"):
+            read_image(path)
+    with pytest.raises(DataError, match=r"15000, 15000: 225 million pixels"):
+        read_reduced(path, (side, side), (15_000, 15_000))
+
+
+def test_the_largest_images_that_are_read_are_larger_than_cameras_make() -> None:
+    assert 150e6 < LARGEST < 2 * (Image.MAX_IMAGE_PIXELS or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -248,6 +249,26 @@ def test_a_worker_that_disappears_is_explained(data: CocoData) -> None:
     os.kill(worker.pid, signal.SIGTERM)
     with pytest.raises(DataError, match=r"data worker was ended .* data.workers"):
         list(batches)
+
+
+def test_a_worker_that_the_system_kills_is_named_and_the_others_end(data: CocoData) -> None:
+    """As when memory runs out."""
+    loader = training(data, stop=500, workers=2)
+    batches = iter(loader)
+    next(batches)
+    workers = loader._loader._iterator._workers  # type: ignore[union-attr]
+    os.kill(workers[0].pid, signal.SIGKILL)
+    with pytest.raises(
+        DataError, match=r"a data worker was ended from outside.*memory ran out.*data\.workers"
+    ) as caught:
+        list(batches)
+    assert f"process {workers[0].pid}: signal 9" in str(caught.value)
+    del batches, loader, caught  # the error's frames hold the loader, too
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while any(_runs(worker.pid) for worker in workers):
+        assert time.monotonic() < deadline, "a worker is left"
+        time.sleep(0.05)
 
 
 def test_a_set_without_images_cannot_train(tmp_path: Path) -> None:

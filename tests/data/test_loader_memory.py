@@ -5,16 +5,21 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from detector.data.cache import open_cache
 from detector.data.coco import CocoData, CocoIndex
 from detector.data.loader import train_loader
+from detector.data.mosaic import Mosaic
 from detector.data.resize import ShortEdge
 from detector.data.shapes import ShapeSet, ensure
+from detector.data.steps import Step
 from detector.data.transforms import Color, Flip, RandomScaleCrop
 
 EPOCHS, BATCH = 10, 8
+STEPS = (Flip(), Color(), RandomScaleCrop())
 
 
 def private_megabytes(process: int | str) -> float:
@@ -23,11 +28,11 @@ def private_megabytes(process: int | str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
-def check_flat(data: CocoData, resize: ShortEdge) -> None:
+def check_flat(data: CocoData, resize: ShortEdge, augment: tuple[Step, ...] = STEPS) -> None:
     steps = len(data) // BATCH
     loader = train_loader(
         data,
-        augment=(Flip(), Color(), RandomScaleCrop()),
+        augment=augment,
         resize=resize,
         batch_size=BATCH,
         seed=0,
@@ -61,3 +66,16 @@ def test_memory_is_flat_on_photographs(shared: Path) -> None:
     folder = shared / "datasets" / "coco_tiny"
     data = CocoData(CocoIndex.load(folder / "annotations" / "train.json", folder / "images"))
     check_flat(data, ShortEdge(short=480, long=800))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["memory", "file"])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_flat_with_a_cache(shared: Path, tmp_path: Path, kind: Literal["memory", "file"]) -> None:
+    """What is cached is shared, so it counts for no process."""
+    folder = shared / "datasets" / "coco_tiny"
+    index = CocoIndex.load(folder / "annotations" / "train.json", folder / "images")
+    cache = open_cache(index, None, kind, tmp_path)
+    data = CocoData(index, cache=cache)
+    check_flat(data, ShortEdge(short=480, long=800), (Mosaic(size=(320, 320)), *STEPS))
+    assert cache.filled == len(data)

@@ -41,12 +41,15 @@ setup(
         "torchvision>=0.21",
     ],
     extras_require={
+        "tiff": ["imagecodecs>=2024.1", "tifffile>=2024.1"],
         "test": [
             "hypothesis>=6.100",
+            "imagecodecs>=2024.1",
             "mypy>=1.15",
             "pytest>=8",
             "ruff>=0.9",
             "selenium>=4.20",
+            "tifffile>=2024.1",
             "types-PyYAML",
         ],
     },
@@ -57,6 +60,7 @@ setup(
             "detector-predict=detector.cli.predict:main",
             "detector-browse-data=detector.cli.browse_data:main",
             "detector-check-data=detector.cli.check_data:main",
+            "detector-measure-data=detector.cli.measure_data:main",
             "detector-make-shapes=detector.cli.make_shapes:main",
             "detector-config=detector.cli.config:main",
             "detector-convert-weights=detector.cli.convert_weights:main",

@@ -13,14 +13,15 @@ from pydantic import Field, model_validator
 from detector.assign import Rule
 from detector.assign.atss import Atss
 from detector.config.node import Node
-from detector.data.config import Data
+from detector.data.config import CocoFiles, Data
 from detector.data.transforms import Transform
 from detector.decode import DecodeConfig
 from detector.evaluate.config import EvaluateConfig
 from detector.losses.criteria import WITHOUT_RULE, AnyCriterion
 from detector.losses.dense import DenseCriterionConfig
 from detector.losses.two_stage import CrossEntropy
-from detector.models import Model
+from detector.models import Model, Network
+from detector.pixels import Statistics
 from detector.train.config import TrainConfig
 
 
@@ -46,6 +47,11 @@ class RunConfig(Node):
     decode: DecodeConfig = DecodeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    def network(self, num_classes: int, *, load_weights: bool = True) -> Network:
+        """The model for images as the data have them; `load_weights=False` leaves the backbone random, for a
+        checkpoint that follows."""
+        return self.model.build(num_classes, load_weights=load_weights, pixels=self.data.pixels)
+
     @property
     def folder(self) -> Path:
         return self.run.dir if self.run.dir is not None else Path("runs") / self.name
@@ -66,6 +72,24 @@ class RunConfig(Node):
             raise ValueError(f"criterion.type {kind!r} needs a rule of label assignment: set assigner")
         if not self.criterion.uses_assigner and self.assigner is not None:
             raise ValueError(f"criterion.type {kind!r} matches priors to objects by itself: set assigner=null")
+        return self
+
+    @model_validator(mode="after")
+    def _pixels_fit(self) -> RunConfig:
+        """Every step of `augment` and the backbone can take what the images hold."""
+        pixels, backbone = self.data.pixels, self.model.backbone
+        for i, step in enumerate(self.augment):
+            objection = step.objection(pixels)
+            if objection is not None:
+                raise ValueError(f"augment.{i}: {objection}")
+        if isinstance(pixels.normalize, Statistics) and not (backbone.mean is None and backbone.std is None):
+            raise ValueError(
+                "data.pixels.normalize.type is 'statistics' and model.backbone.mean or std is set: leave one out"
+            )
+        if not isinstance(self.data, CocoFiles) and (pixels.channels, pixels.bits) != (3, 8):
+            raise ValueError(
+                f"data.type {self.data.type!r} makes RGB of 8 bits: leave data.pixels.channels and bits out"
+            )
         return self
 
     @model_validator(mode="after")

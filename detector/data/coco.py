@@ -14,12 +14,14 @@ from functools import cached_property
 
 import numpy as np
 
+from detector.data.channels import read_pixels, stretched
 from detector.data.geometry import follow
 from detector.data.images import read_image, read_reduced
 from detector.data.index import CocoIndex as CocoIndex
 from detector.data.outlines import Outlines, scaling
 from detector.data.sample import Sample
 from detector.errors import DataError
+from detector.pixels import PADDING, Pixels
 
 MEBIBYTE = 1 << 20
 
@@ -29,11 +31,19 @@ class CocoData:
 
     Args:
         least: to the (height, width) of an image what `data.reduced(i)` must leave of it; None: all.
+        pixels: what the images hold, and how each is normalised by itself; default: 8-bit RGB.
     """
 
-    def __init__(self, index: CocoIndex, least: Callable[[tuple[int, int]], tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        index: CocoIndex,
+        least: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+        pixels: Pixels | None = None,
+    ) -> None:
         self.index = index
-        self.least = least
+        self.pixels = None if pixels is None or pixels.plain else pixels
+        self.least = least if self.pixels is None else None
+        self.ground = PADDING if pixels is None else pixels.ground
 
     def __len__(self) -> int:
         return len(self.index)
@@ -46,7 +56,10 @@ class CocoData:
         if not 0 <= i < len(self.index):
             raise IndexError(f"image {i} of {len(self.index)}")
         height, width = self.index.sizes[i].tolist()
-        return self._sample(i, read_image(self._path(i), (height, width)))
+        if self.pixels is None:
+            return self._sample(i, read_image(self._path(i), (height, width)))
+        image = read_pixels(self._path(i), self.pixels, (height, width))
+        return self._sample(i, stretched(image, self.pixels))
 
     def reduced(self, i: int) -> Sample:
         """`data[i]`, a JPEG perhaps decoded at 1/2, 1/4 or 1/8 of its size: boxes, `scale` and image agree.
@@ -81,6 +94,7 @@ class CocoData:
             original_size=(height, width),
             scale=np.ones(2, dtype=np.float32),
             offset=np.zeros(2, dtype=np.float32),
+            ground=self.ground,
         )
 
 

@@ -16,6 +16,7 @@ from detector.data.resize import Resize, ShortEdge
 from detector.data.shape_suites import SUITES, SuiteName
 from detector.data.shapes import SMALLEST_IMAGE, ShapeSet, ensure
 from detector.errors import DataError
+from detector.pixels import Pixels
 
 SplitName = Literal["train", "val", "test"]
 Side = Annotated[int, Field(ge=SMALLEST_IMAGE, le=4096)]
@@ -25,6 +26,7 @@ PARTS: tuple[SplitName, ...] = ("train", "val", "test")
 class DataSource(Node):
     """What all sources of data share."""
 
+    pixels: Pixels = Field(Pixels(), description="what the images hold, and how they are normalised")
     resize: Resize = ShortEdge()
     pad_multiple: int = Field(32, ge=1, description="height and width of a batch are multiples of this")
     workers: int = Field(2, ge=0, description="processes that read and augment; 0: the main process does")
@@ -52,7 +54,7 @@ class DataSource(Node):
         index = CocoIndex.load(annotations, images)
         if classes is not None and index.classes != classes:
             raise DataError(f"{annotations}: {_difference(index.classes, classes)}; all splits must have equal classes")
-        return CocoData(index, None if self.reduced_decoding is None else self._least)
+        return CocoData(index, None if self.reduced_decoding is None else self._least, self.pixels)
 
     def _least(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that decoding has to leave of an image of `size`, in training as in evaluation."""

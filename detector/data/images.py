@@ -35,7 +35,7 @@ def read_image(path: Path | str, expected_size: tuple[int, int] | None = None) -
     Raises:
         DataError: the file is missing, no image, damaged or cut off, or of another size than expected.
     """
-    return _read_whole(_read(path), path, expected_size)
+    return _read_whole(read_bytes(path), path, expected_size)
 
 
 def read_reduced(path: Path | str, size: tuple[int, int], least: tuple[int, int]) -> tuple[np.ndarray, int]:
@@ -50,7 +50,7 @@ def read_reduced(path: Path | str, size: tuple[int, int], least: tuple[int, int]
     Raises:
         DataError: as `read_image`.
     """
-    content = _read(path)
+    content = read_bytes(path)
     n = next((n for n in (8, 4, 2) if -(-size[0] // n) >= least[0] and -(-size[1] // n) >= least[1]), 1)
     reduced = None if n == 1 else _decode_reduced(content, size, n)
     return (_read_whole(content, path, size), 1) if reduced is None else (reduced, n)
@@ -74,7 +74,12 @@ def is_cut_off(content: np.ndarray | bytes) -> bool:
     return True
 
 
-def _read(path: Path | str) -> bytes:
+def read_bytes(path: Path | str) -> bytes:
+    """A whole file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()

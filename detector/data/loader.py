@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detector import seeding
-from detector.data.batch import PADDING, collate
+from detector.data.batch import collate
 from detector.data.coco import MEBIBYTE, CocoData, Reader
 from detector.data.order import Ordering, Shuffle
 from detector.data.pool import Pool
@@ -274,8 +274,9 @@ class _EvalSource(_Source):
 
 def _blank(data: CocoData, i: int) -> Sample:
     height, width = data.index.sizes[i].tolist()
+    dtype = np.uint8 if data.pixels is None else data.pixels.dtype
     return Sample(
-        image=np.full((height, width, 3), PADDING, dtype=np.uint8),
+        image=np.full((height, width, len(data.ground)), data.ground, dtype=dtype),
         boxes=np.zeros((0, 4), dtype=np.float32),
         labels=np.zeros(0, dtype=np.int64),
         rows=np.zeros(0, dtype=np.int64),
@@ -284,6 +285,7 @@ def _blank(data: CocoData, i: int) -> Sample:
         original_size=(height, width),
         scale=np.ones(2, dtype=np.float32),
         offset=np.zeros(2, dtype=np.float32),
+        ground=data.ground,
     )
 
 

@@ -336,11 +336,17 @@ def warp(
     interpolation: int = cv2.INTER_LINEAR,
 ) -> np.ndarray:
     """(height, width, ...): the image behind a (3, 3) map given for pixel edges; `ground` where there is none."""
+    if image.ndim == 3 and image.shape[2] > 4:  # ground of more than four channels is more than OpenCV takes
+        grounds = np.broadcast_to(ground, image.shape[2]).tolist()
+        parts = [(np.ascontiguousarray(image[..., i : i + 4]), grounds[i : i + 4]) for i in range(0, len(grounds), 4)]
+        return np.concatenate([warp(part, matrix, size, colour, interpolation) for part, colour in parts], axis=2)
     centered = shift(-0.5, -0.5) @ matrix @ shift(0.5, 0.5)  # OpenCV counts from the first pixel's centre
     options: dict[str, Any] = {"flags": interpolation, "borderMode": cv2.BORDER_CONSTANT, "borderValue": ground}
     if matrix[2, 0] or matrix[2, 1]:
-        return np.asarray(cv2.warpPerspective(image, centered, size[::-1], **options))
-    return np.asarray(cv2.warpAffine(image, centered[:2], size[::-1], **options))
+        out = cv2.warpPerspective(image, centered, size[::-1], **options)
+    else:
+        out = cv2.warpAffine(image, centered[:2], size[::-1], **options)
+    return np.asarray(out if out.ndim == image.ndim else out[..., None])
 
 
 def _cut(ring: np.ndarray, frame: Frame) -> np.ndarray:

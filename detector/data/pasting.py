@@ -9,11 +9,12 @@ import numpy as np
 
 from detector.data.geometry import take
 from detector.data.outlines import Bitmap, Frame, Polygons, Shape
+from detector.data.resize import like
 from detector.data.sample import Sample
 
 
 def blend(below: np.ndarray, above: np.ndarray, cover: np.ndarray, edge: float) -> np.ndarray:
-    """(h, w, 3): `above` where the (h, w) uint8 `cover` is 1.
+    """(h, w, C): `above` where the (h, w) uint8 `cover` is 1.
 
     Within `edge` pixels of the cover's rim it fades, so nothing from outside the cover comes along.
     """
@@ -22,7 +23,10 @@ def blend(below: np.ndarray, above: np.ndarray, cover: np.ndarray, edge: float) 
     rim = cv2.copyMakeBorder(cover, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     depth = cv2.distanceTransform(rim, cv2.DIST_L2, 3)[1:-1, 1:-1]
     weight = np.minimum(depth * np.float32(1 / (edge + 1)), np.float32(1))
-    return np.asarray(cv2.blendLinear(above, below, weight, 1 - weight))
+    if above.dtype != np.uint8:  # more bits than cv2 blends
+        shares = weight[..., None]
+        return np.rint(above * shares + below * (1 - shares)).astype(above.dtype)
+    return like(cv2.blendLinear(above, below, weight, 1 - weight), above)
 
 
 def rasterize(objects: Sample, window: Frame) -> tuple[Sample, np.ndarray]:

@@ -94,17 +94,22 @@ Resize = Annotated[ShortEdge | Letterbox | Fixed, Field(discriminator="type")]
 
 
 def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 to `size` (height, width).
+    """(H, W, ...) to `size` (height, width).
 
     Halved as long as that does not fall below `size`, then linear: a single linear step would skip pixels when it
     shrinks more than twofold, and cv2's area filter takes several times as long for a result that differs little.
     """
-    height, width = size
+    (height, width), whole = size, image
     while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
         image = cv2.resize(image, (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_LINEAR)
-    if image.shape[:2] == size:
-        return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    if image.shape[:2] != size:
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return like(image, whole)
+
+
+def like(image: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """What cv2 made of the (H, W, C) image `before`, with the axis that it drops where C is 1."""
+    return image if image.ndim == before.ndim else image[..., None]
 
 
 def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from detector.config.node import Node
 from detector.data.index import CocoIndex
 from detector.data.pool import Pool
 from detector.data.sample import Sample
+from detector.pixels import Pixels
 
 
 def ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -79,6 +80,10 @@ class Step(Node):
         Raises:
             DataError: the step cannot do anything on this data set: says why, and what to use instead.
         """
+
+    def objection(self, pixels: Pixels) -> str | None:
+        """Why the step cannot work on images that hold these, as a sentence of what to do; None: it can."""
+        return None
 
     def weaker(self, strength: float) -> Self | None:
         """The step with its amounts at this share of theirs; None: it has none, so a rise makes it more frequent."""

@@ -13,6 +13,7 @@ from detector.models.backbones import Backbone, BackboneConfig
 from detector.models.dense_head import DenseHeadConfig, GridHead
 from detector.models.fpn import Fpn, FpnConfig
 from detector.models.task_aligned_head import TaskAlignedHeadConfig
+from detector.pixels import RGB, Pixels
 from detector.structures import Objects, Outputs
 
 AnyHead = Annotated[DenseHeadConfig | TaskAlignedHeadConfig, Field(discriminator="type"), default_type("dense")]
@@ -26,9 +27,9 @@ class DenseConfig(Node):
     neck: FpnConfig = Field(default_factory=FpnConfig)
     head: AnyHead = Field(default_factory=DenseHeadConfig)
 
-    def build(self, num_classes: int, *, load_weights: bool = True) -> DenseDetector:
+    def build(self, num_classes: int, *, load_weights: bool = True, pixels: Pixels = RGB) -> DenseDetector:
         """The network; `load_weights=False` leaves the backbone random, for a checkpoint that follows."""
-        backbone = self.backbone.build(load_weights=load_weights)
+        backbone = self.backbone.build(load_weights=load_weights, pixels=pixels)
         neck = self.neck.build(backbone.channels, backbone.strides)
         head = self.head.build(neck.channels, neck.strides, num_classes)
         return DenseDetector(backbone=backbone, neck=neck, head=head)
@@ -37,8 +38,7 @@ class DenseConfig(Node):
 class DenseDetector(nn.Module):
     """The network alone: it knows no loss, no assigner and no decoding.
 
-    Input: (B, 3, H, W) RGB in 0..255, uint8 or floating point, any H and W; normalised here, on the device, to the
-    backbone's mean and std.
+    Input: (B, C, H, W) in the images' own numbers (RGB: 0..255), any H and W; normalised here, on the device.
     """
 
     scale: Tensor

@@ -93,6 +93,16 @@ class RunConfig(Node):
         return self
 
     @model_validator(mode="after")
+    def _something_for_the_device(self) -> RunConfig:
+        can = bool(self.data.resize.multi_scale) or (len(self.augment) > 0 and self.augment[-1].on_device)
+        if self.data.augment_on == "device" and not can:
+            raise ValueError(
+                "data.augment_on is 'device' but there is nothing that the device could do: put flip or color last in"
+                " augment, set data.resize.multi_scale, or set data.augment_on=workers"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _criterion_fits_the_model(self) -> RunConfig:
         model, criterion = self.model, self.criterion
         if (model.type == "dense") != (criterion.type != "two_stage"):

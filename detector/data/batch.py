@@ -43,10 +43,10 @@ def collate(
         canvas = canvas or (max(s.image.shape[0] for s in samples), max(s.image.shape[1] for s in samples))
     samples = iter(samples)
     first = next(samples)
-    shape = (count, _up(canvas[0], pad_multiple), _up(canvas[1], pad_multiple), len(first.ground))
+    shape = (count, up(canvas[0], pad_multiple), up(canvas[1], pad_multiple), len(first.ground))
     pixels = _allocate(shape, getattr(torch, first.image.dtype.name))
     placed = [_place(sample, picture) for sample, picture in zip(chain([first], samples), pixels.numpy(), strict=True)]
-    return Batch(
+    batch = Batch(
         images=pixels.permute(0, 3, 1, 2),
         objects=_objects(placed),
         ids=torch.tensor([s.image_id for s in placed], dtype=torch.int64),
@@ -55,6 +55,11 @@ def collate(
         offset=torch.from_numpy(np.stack([s.offset for s in placed])),
         failures=tuple(failures),
     )
+    if first.later is None:
+        return batch
+    from detector.data.later import attach
+
+    return attach(batch, placed, pad_multiple)
 
 
 def _place(sample: Sample, picture: np.ndarray) -> Sample:
@@ -90,7 +95,8 @@ def _objects(samples: Sequence[Sample]) -> Objects:
     return Objects(batch_size=len(samples), **{name: torch.from_numpy(array) for name, array in truth.items()})
 
 
-def _up(length: int, multiple: int) -> int:
+def up(length: int, multiple: int) -> int:
+    """The next multiple, or the length itself."""
     return -(-length // multiple) * multiple
 
 
@@ -106,15 +112,15 @@ def _allocate(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Ten
 # tensors only the pixels go through shared memory; the others go as plain arrays.
 
 
-def _send(batch: Batch) -> tuple[Any, ...]:
+def send(batch: Batch) -> tuple[Any, ...]:
     fields = {name: getattr(batch, name) for name in ("ids", "original_sizes", "scale", "offset")}
     objects = batch.objects
     truth = {name: getattr(objects, name) for name in ("boxes", "labels", "image", "ignore", "ignore_image", "sizes")}
     arrays = [{name: tensor.numpy() for name, tensor in group.items()} for group in (fields, truth)]
-    return _receive, (batch.images.permute(0, 2, 3, 1), *arrays, batch.failures)
+    return receive, (batch.images.permute(0, 2, 3, 1), *arrays, batch.failures)
 
 
-def _receive(
+def receive(
     pixels: torch.Tensor, fields: dict[str, np.ndarray], truth: dict[str, np.ndarray], failures: tuple[str, ...]
 ) -> Batch:
     objects = Objects(batch_size=len(pixels), **{name: torch.from_numpy(array) for name, array in truth.items()})
@@ -122,4 +128,4 @@ def _receive(
     return Batch(images=pixels.permute(0, 3, 1, 2), objects=objects, failures=failures, **rest)
 
 
-ForkingPickler.register(Batch, _send)
+ForkingPickler.register(Batch, send)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from detector.config.node import Node
 from detector.data.coco import CocoData, CocoIndex
@@ -37,10 +37,26 @@ class DataSource(Node):
         " width that `resize` asks for: 1 saves most, 2 keeps detail for crops that enlarge; default: never",
     )
     max_unreadable: int = Field(10, ge=0, description="images that may turn out unreadable before the run stops")
+    augment_on: Literal["workers", "device"] = Field(
+        "workers",
+        description="device: the training device does multi-scale, and flip and color at the end of `augment`, for"
+        " machines with more GPU than CPU; from the same random numbers",
+    )
     order: AnyOrdering = Field(Shuffle(), description="of the training images")
     partner_cache: int = Field(
         128, ge=0, description="MiB in each worker for images that mosaic, mixup and copy-paste have drawn before"
     )
+
+    @model_validator(mode="after")
+    def _scales_in_reach(self) -> Self:
+        """On the device an image is resampled once more, linearly, which skips pixels where it shrinks too far."""
+        sizes = self.resize.multi_scale
+        if self.augment_on == "device" and sizes and 2 * min(sizes) < self.resize.length:
+            raise ValueError(
+                f"resize.multi_scale: {min(sizes)} is less than half of {self.resize.length}, too far for augment_on:"
+                " device, which resamples images of the set size: set a smaller size, or augment_on: workers"
+            )
+        return self
 
     def open(self, split: SplitName, classes: tuple[str, ...] | None = None) -> CocoData:
         """One split, indexed.

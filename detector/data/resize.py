@@ -34,6 +34,11 @@ class Sizing(Node):
             return sample
         return follow(sample, resample(sample.image, size), (size[1] / width, size[0] / height), (0.0, 0.0))
 
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """What a choice of `multi_scale` takes the place of."""
+
     @abstractmethod
     def target(self, size: tuple[int, int], choice: int | None = None) -> tuple[int, int]:
         """(height, width) that an image of `size` gets."""
@@ -55,6 +60,10 @@ class ShortEdge(Sizing):
     short: Pixels = 800
     long: Pixels = 1333
 
+    @property
+    def length(self) -> int:
+        return self.short
+
     def target(self, size: tuple[int, int], choice: int | None = None) -> tuple[int, int]:
         short = self.short if choice is None else self.multi_scale[choice]
         return _scaled(size, min(short / min(size), self.long / max(size)))
@@ -69,6 +78,10 @@ class Letterbox(Sizing):
     type: Literal["letterbox"] = "letterbox"
     size: tuple[Pixels, Pixels] = Field((640, 640), description="height, width; multi_scale gives the longer of them")
 
+    @property
+    def length(self) -> int:
+        return max(self.size)
+
     def target(self, size: tuple[int, int], choice: int | None = None) -> tuple[int, int]:
         height, width = self.canvas(choice)
         return _scaled(size, min(height / size[0], width / size[1]))
@@ -82,6 +95,10 @@ class Fixed(Sizing):
 
     type: Literal["fixed"] = "fixed"
     size: tuple[Pixels, Pixels] = Field((640, 640), description="height, width; multi_scale gives the longer of them")
+
+    @property
+    def length(self) -> int:
+        return max(self.size)
 
     def target(self, size: tuple[int, int], choice: int | None = None) -> tuple[int, int]:
         return self.canvas(choice)

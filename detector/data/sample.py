@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from detector.data.outlines import Outlines
 from detector.pixels import PADDING
+
+if TYPE_CHECKING:
+    from detector.data.later import Later
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,4 +32,5 @@ class Sample:
     scale: np.ndarray  # (2,) float32 x, y
     offset: np.ndarray  # (2,) float32 x, y
     ground: tuple[int, ...] = PADDING  # (C,) the colour where there is no image
+    later: Later | None = None  # what the training device does once the sample is in its batch
     outlines: Outlines | None = None  # the n objects' masks; None unless a step of the recipe uses them

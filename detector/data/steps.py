@@ -67,6 +67,8 @@ class Step(Node):
 
     # Whether it gives the same picture before and after a resize: then the loader does it where there are fewer pixels.
     commutes: ClassVar[bool] = False
+    # Whether the training device can do it to a whole batch; then the step is a `Deferrable`.
+    on_device: ClassVar[bool] = False
 
     when: When | None = Field(None, description="probability, first and last epoch, rise; default: always")
 
@@ -95,6 +97,24 @@ class Augmentation(Step):
 
     @abstractmethod
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample: ...
+
+
+class Deferrable(Augmentation):
+    """A step that mirrors, or maps colours by a matrix: the training device can do it, too."""
+
+    commutes: ClassVar[bool] = True
+    on_device: ClassVar[bool] = True
+
+    def mirrors(self, rng: np.random.Generator) -> tuple[bool, bool]:
+        """Left and right, top and bottom; draws what a call would draw."""
+        return False, False
+
+    def colors(self, rng: np.random.Generator, channels: int) -> np.ndarray | None:
+        """(C, 2 C): a matrix for the pixels and one for the image's mean, whose result is added; None: no change.
+
+        Draws what a call would draw.
+        """
+        return None
 
 
 class Combination(Step):

@@ -15,7 +15,7 @@ import os
 import warnings
 from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import cv2
 import numpy as np
@@ -30,22 +30,24 @@ from detector.data.perspective import LargeScaleJitter, RandomPerspective
 from detector.data.resize import like
 from detector.data.sample import Sample
 from detector.data.steps import Augmentation as Augmentation
-from detector.data.steps import Share
+from detector.data.steps import Deferrable, Share
 from detector.data.windows import canvas, milder
 from detector.errors import ConfigError
 from detector.pixels import Pixels
 
 
-class Flip(Augmentation):
+class Flip(Deferrable):
     """Mirrors left and right, or top and bottom, with these probabilities."""
 
-    commutes: ClassVar[bool] = True
     type: Literal["flip"] = "flip"
     horizontal: Share = 0.5
     vertical: Share = 0.0
 
+    def mirrors(self, rng: np.random.Generator) -> tuple[bool, bool]:
+        return rng.random() < self.horizontal, rng.random() < self.vertical
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        horizontal, vertical = rng.random() < self.horizontal, rng.random() < self.vertical
+        horizontal, vertical = self.mirrors(rng)
         if not (horizontal or vertical):
             return sample
         height, width = sample.image.shape[:2]
@@ -54,14 +56,13 @@ class Flip(Augmentation):
         return follow(sample, image, scale, (width if horizontal else 0.0, height if vertical else 0.0))
 
 
-class Color(Augmentation):
+class Color(Deferrable):
     """Brightness, contrast, saturation and hue, each drawn evenly from 1 - x to 1 + x (hue: -x to x turns).
 
     The four are one linear map of RGB and cost one pass over the image; hue and saturation turn and stretch the colour
     plane of YIQ, so grey stays grey.  Images that are not RGB have no colour: all of their channels are changed alike.
     """
 
-    commutes: ClassVar[bool] = True
     type: Literal["color"] = "color"
     brightness: Share = 0.2
     contrast: Share = 0.2
@@ -82,17 +83,35 @@ class Color(Augmentation):
         return self.model_copy(update=amounts)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        if rng.random() >= self.probability:
+        drawn = self._draw(rng)
+        if drawn is None:
             return sample
-        draw = rng.uniform(-1, 1, size=4)
-        brightness, contrast, saturation = 1 + draw[:3] * (self.brightness, self.contrast, self.saturation)
-        matrix = brightness * contrast * _turn_colors(draw[3] * self.hue, saturation)
+        brightness, contrast, saturation, hue = drawn
+        matrix = brightness * contrast * _turn_colors(hue, saturation)
         if sample.image.shape[2] != 3:
             return replace(sample, image=_relit(sample.image, brightness, contrast))
         grey = float(np.dot(_YIQ[0], cv2.mean(sample.image[::4])[:3]))  # every fourth row is enough
         offset = np.full((3, 1), (1 - contrast) * brightness * grey)
         image = cv2.transform(sample.image, np.concatenate([matrix, offset], 1).astype(np.float32))
         return replace(sample, image=image)
+
+    def _draw(self, rng: np.random.Generator) -> tuple[float, float, float, float] | None:
+        """Factors of brightness, contrast and saturation, and turns of the hue; None: nothing is changed."""
+        if rng.random() >= self.probability:
+            return None
+        draw = rng.uniform(-1, 1, size=4)
+        brightness, contrast, saturation = 1 + draw[:3] * (self.brightness, self.contrast, self.saturation)
+        return brightness, contrast, saturation, draw[3] * self.hue
+
+    def colors(self, rng: np.random.Generator, channels: int) -> np.ndarray | None:
+        drawn = self._draw(rng)
+        if drawn is None:
+            return None
+        brightness, contrast, saturation, hue = drawn
+        rgb = channels == 3
+        matrix = brightness * contrast * (_turn_colors(hue, saturation) if rgb else np.eye(channels))
+        grey = _YIQ[0] if rgb else np.full(channels, 1 / channels)
+        return np.concatenate([matrix, np.tile((1 - contrast) * brightness * grey, (channels, 1))], 1)
 
 
 class RandomScaleCrop(Augmentation):

@@ -44,7 +44,8 @@ METHOD = (
     " {version}: `Mosaic`; mixup, which it lacks, as a weighted sum of the result and an image from `LongestMaxSize`,"
     " `PadIfNeeded` and `HorizontalFlip`; then `Affine`, `ColorJitter` and `HorizontalFlip`.  With cache: both find all"
     " images decoded in memory.  Without: both decode each image when it is needed.  Copy-paste: `{set}`, {pasted}"
-    " images, short edge 240 and flip, with and without the step `copy_paste`, partners kept in memory as by default."
+    " images, short edge 240 and flip, with and without the step `copy_paste`, images kept in memory"
+    " as by default (without it none is, so each is decoded)."
     "  In turns, {turns} of them after one of warm-up; ratios are medians over the turns, in brackets their"
     " quartiles."
 )

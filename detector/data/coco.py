@@ -99,7 +99,7 @@ class CocoData:
 
 
 class Reader:
-    """Reads samples.  Those read as partners are kept, up to `keep` bytes, the least recently used given up first;
+    """Reads samples.  Those that may come again are kept, up to `keep` bytes, the least recently used given up first;
     what is kept decides how long reading takes and nothing else."""
 
     def __init__(self, data: CocoData, *, max_unreadable: int, masks: bool, keep: int) -> None:
@@ -110,7 +110,7 @@ class Reader:
         self._kept: OrderedDict[int, Sample] = OrderedDict()
         self._bytes = 0
 
-    def read(self, index: int, failures: list[str], partner: bool = False) -> Sample:
+    def read(self, index: int, failures: list[str], keep: bool = False) -> Sample:
         """Image `index`, or the next one that can be read; appends a line to `failures` for each that cannot.
 
         Raises:
@@ -129,8 +129,10 @@ class Reader:
                 continue
             if self.masks:
                 stored = Outlines.stored(self.data.index, sample.rows)
-                sample = replace(sample, outlines=stored.mapped(scaling(sample.scale, sample.offset)))
-            if partner:
+                moved = (sample.scale != 1).any() or sample.offset.any()
+                outlines = stored.mapped(scaling(sample.scale, sample.offset)) if moved else stored
+                sample = replace(sample, outlines=outlines)
+            if keep:
                 self._keep(i, sample)
             return sample
         raise DataError(f"{tries} images in a row could not be read; the first: {failures[-tries]}")

@@ -232,13 +232,15 @@ class TrainSource(_Source):
         self.seed = seed
         self.epochs = epochs
         self.defer = defer
+        self.combines = any(isinstance(change, Combination) for change in augment)
         masks = any(change.uses_masks for change in augment)
         self.reader = Reader(data, max_unreadable=max_unreadable, masks=masks, keep=partner_cache * MEBIBYTE)
         self.scheduled = any(change.when is not None for change in augment)
         self._active = (0, active(augment, 0, epochs))
 
     def sample(self, key: Key, failures: list[str]) -> Sample:
-        sample = self.reader.read(key.image, failures)
+        # Also what has its own turn may be drawn by others: a set that fits into the memory for them is decoded once.
+        sample = self.reader.read(key.image, failures, keep=self.combines)
         pool = Pool(self.reader, key.image, failures)
         again = (key.repeat,) if key.repeat else ()
         rng = seeding.generator(self.seed, seeding.SAMPLE, key.epoch, key.image, *again)

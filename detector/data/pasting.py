@@ -58,14 +58,19 @@ def cover_objects(sample: Sample, cover: np.ndarray, window: Frame, visible: flo
         own = Frame.around(boxes[i], sample.image)
         shared = _overlap(boxes[i], window)
         hidden = cover[inside(shared, window)]
-        if not hidden.any():
+        if hidden.size == 0 or cv2.countNonZero(hidden) == 0:
             continue
         whole = draw(sample, i, own)
-        if not whole.any():  # thinner than a pixel
+        before = cv2.countNonZero(whole)
+        if before == 0:  # thinner than a pixel
             whole[:] = 1
+            before = whole.size
         left = whole.copy()
-        left[inside(shared, own)] &= 1 - hidden
-        count, before = int(np.count_nonzero(left)), int(np.count_nonzero(whole))
+        part = inside(shared, own)
+        left[part] = cv2.subtract(left[part], hidden)  # of zeros and ones, never below zero
+        count = cv2.countNonZero(left)
+        if count == before:
+            continue
         if shrink and count:
             boxes[i] = _shrunk(boxes[i], whole, left, own)
             rest[i] = Bitmap(left, own.left, own.top)

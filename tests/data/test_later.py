@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,9 +14,10 @@ from pydantic import ValidationError
 
 from detector.config.run import RunConfig
 from detector.data.coco import CocoData, CocoIndex
+from detector.data.copy_paste import CopyPaste
 from detector.data.later import LaterBatch, finished
 from detector.data.loader import train_loader
-from detector.data.mosaic import Mosaic
+from detector.data.mosaic import Mixup, Mosaic
 from detector.data.resize import Fixed, Letterbox, ShortEdge
 from detector.data.shapes import ShapeSet, ensure
 from detector.data.steps import Deferrable, When
@@ -23,7 +25,7 @@ from detector.data.transforms import Color, Flip, RandomScaleCrop
 from detector.pixels import Pixels
 from detector.structures import Batch
 from detector.train.loop import train
-from tests.data import test_channels
+from tests.data import small_coco, test_channels
 
 FLIP = Flip(horizontal=0.5, vertical=0.5)
 STRONG = Color(brightness=0.4, contrast=0.4, saturation=0.5, hue=0.2, probability=0.9)
@@ -133,8 +135,6 @@ def test_multi_scale_gives_the_workers_sizes_boxes_and_nearly_their_pixels(data:
 
 
 def test_a_resampling_is_opencvs_within_a_level() -> None:
-    import cv2
-
     from detector.data.later import _resized
 
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -249,3 +249,31 @@ def test_settings_under_which_the_device_could_not_do_it_are_refused(tmp_path: P
     values["data"]["resize"] = {"type": "letterbox"}
     with pytest.raises(ValidationError, match="nothing that the device could do"):
         RunConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("before", [(Mosaic(size=(64, 64)),), (Mixup(),), (CopyPaste(),), (CopyPaste(by="box"),)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_one_pixel_go_through_everything(tmp_path: Path, before: Any, workers: int) -> None:
+    content = small_coco.document()
+    for entry in content["images"]:
+        entry["height"] = entry["width"] = 1
+    square = [[0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]]
+    content["annotations"] = [a | {"bbox": [0, 0, 1, 1], "area": 1, "segmentation": square, "iscrowd": 0}
+                              for a in content["annotations"]]  # fmt: skip
+    annotations, images = small_coco.write(tmp_path, content)
+    for path in images.iterdir():
+        cv2.imwrite(str(path), np.full((1, 1, 3), 9, dtype=np.uint8))
+    one = CocoData(CocoIndex.load(annotations, images))
+    options: dict[str, Any] = {
+        "augment": (*before, STRONG, FLIP),
+        "resize": Letterbox(size=(32, 64)),
+        "workers": workers,
+    }
+    for defer in (True, False):
+        made = [finished(batch) for batch in batches(one, defer, **options)]
+        assert len(made) == 4
+        for batch in made:
+            limit = batch.sizes.flip(1).repeat(1, 2)[batch.objects.image]
+            assert (batch.objects.boxes >= 0).all()
+            assert (batch.objects.boxes <= limit).all()
+            assert torch.isfinite(batch.objects.boxes).all()

@@ -111,6 +111,19 @@ def hatch(image: np.ndarray, corners: np.ndarray, line: Color = WHITE) -> None:
         part[on] = (part[on] * 0.4 + np.array(stripe) * 0.6).astype(np.uint8)
 
 
+def visible(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 to look at, of an image (H, W, C) of any kind: the first three channels, or the first as grey.
+
+    More than 8 bits are spread from the image's 1st to its 99th percentile.  RGB of 8 bits comes back as it is.
+    """
+    if image.shape[2] != 3:
+        image = image[..., :3] if image.shape[2] > 3 else np.repeat(image[..., :1], 3, axis=2)
+    if image.dtype == np.uint8:
+        return image
+    low, high = np.percentile(image, (1, 99))
+    return ((image - low) * (255 / max(high - low, 1))).clip(0, 255).astype(np.uint8)
+
+
 def fit(image: np.ndarray, width: int, height: int) -> tuple[np.ndarray, float]:
     """(a copy as large as fits into width x height, its scale)."""
     scale = min(width / image.shape[1], height / image.shape[0])

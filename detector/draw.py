@@ -23,12 +23,12 @@ _MARGIN = 6  # pixels between the panels of a sheet
 
 
 def detections(image: np.ndarray, found: Detections, classes: Sequence[str], threshold: float = 0.3) -> np.ndarray:
-    """A copy of `image` with a box and a label `name score` for every detection of at least `threshold`.
+    """A copy of `image`, made visible, with a box and a label `name score` for every detection of at least `threshold`.
 
     `found`: boxes in pixels of `image`, by falling score.  Where labels would cover each other, the less certain one
     is left out; its box stays.
     """
-    picture = np.ascontiguousarray(image).copy()
+    picture = np.ascontiguousarray(canvas.visible(image)).copy()
     boxes, scores, labels = (array(t) for t in (found.boxes, found.scores, found.labels))
     order = [i for i in np.argsort(-scores, kind="stable").tolist() if scores[i] >= threshold]
     places = canvas.Labels(picture, canvas.font_size(picture))
@@ -235,9 +235,9 @@ def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def image_of(batch: Batch, i: int) -> np.ndarray:
-    """(h, w, 3) image `i` without the batch's padding."""
+    """(h, w, 3) uint8 image `i` without the batch's padding, to look at."""
     height, width = (int(n) for n in batch.sizes[i])
-    return np.ascontiguousarray(array(batch.images[i, :, :height, :width]).transpose(1, 2, 0))
+    return np.ascontiguousarray(canvas.visible(array(batch.images[i, :, :height, :width]).transpose(1, 2, 0)))
 
 
 def faded(image: np.ndarray) -> np.ndarray:

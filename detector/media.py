@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from detector import draw
-from detector.data.images import read_image
+from detector.data.channels import read_pixels
 from detector.errors import DataError, UserError
 from detector.predict import Detector, Found
 
@@ -93,7 +93,7 @@ class Painter:
         pictures, readable = [], []
         for source in sources:
             try:
-                pictures.append(read_image(source.path))
+                pictures.append(read_pixels(source.path, self.detector.pixels))
                 readable.append(source)
             except DataError as error:
                 self.failures.append(str(error))
@@ -103,6 +103,11 @@ class Painter:
             self.images += 1
 
     def _paint_video(self, source: Source) -> None:
+        pixels = self.detector.pixels
+        if (pixels.channels, pixels.bits) != (3, 8):
+            has = f"{pixels.channels} channels of {pixels.bits} bits"
+            self.failures.append(f"{source.path}: a video is RGB of 8 bits, but this detector takes {has}")
+            return
         capture = cv2.VideoCapture(str(source.path))
         rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
         frames = _batches(_frames(capture), self.batch_size)

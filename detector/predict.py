@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from detector.config.load import from_snapshot
 from detector.config.run import RunConfig
 from detector.data.batch import collate
-from detector.data.images import read_image
+from detector.data.channels import read_pixels, stretched
 from detector.data.resize import Resize
 from detector.data.sample import Sample
 from detector.decode import DecodeConfig, decode
@@ -30,6 +30,7 @@ from detector.errors import CheckpointError, DataError
 from detector.evaluate.runner import to_original
 from detector.models.fold import fold_batch_norm
 from detector.models.layers import DTYPES, Precision
+from detector.pixels import RGB, Pixels
 from detector.structures import Detections
 from detector.train.checkpoint import load_checkpoint
 from detector.train.device import find_device
@@ -37,7 +38,7 @@ from detector.train.device import find_device
 if TYPE_CHECKING:
     from detector.models import Network
 
-# A path, an array (H, W, 3) uint8 RGB, or a Pillow image.
+# A path, an array (H, W, C) as the images of the training set (uint8 RGB unless that says otherwise), a Pillow image.
 AnyImage = str | PathLike[str] | np.ndarray | Image.Image
 
 
@@ -59,7 +60,8 @@ class Found(Detections):
 class Detector:
     """Calls a network on images of any size: resized as in its training, detections in their own pixels.
 
-    Convolutions take up the batch norms after them, and weights and activations are of `precision`.
+    Convolutions take up the batch norms after them, and weights and activations are of `precision`.  `pixels`: what
+    images hold and how they are normalised, as in training.
     """
 
     def __init__(
@@ -73,13 +75,20 @@ class Detector:
         device: torch.device,
         precision: Precision,
         category_ids: Sequence[int] | None = None,
+        pixels: Pixels = RGB,
     ) -> None:
-        self.classes = tuple(classes)
+        self.classes, self.pixels = tuple(classes), pixels
         self.category_ids = tuple(range(1, len(classes) + 1) if category_ids is None else category_ids)
         self.device, self.precision = device, precision
         self.decode_config = decode_config
         self._resize, self._pad_multiple = resize, pad_multiple
-        self._model: nn.Module = fold_batch_norm(model).to(device=device, dtype=DTYPES[precision])
+        folded = fold_batch_norm(model)
+        # 16 bits are more than half precision has: such images are normalised before they become it, not by the model.
+        self._normalize = pixels.bits == 16 and precision != "fp32"
+        self._scale, self._shift = folded.scale.clone().to(device), folded.shift.clone().to(device)
+        if self._normalize:
+            folded.scale.fill_(1), folded.shift.zero_()
+        self._model: nn.Module = folded.to(device=device, dtype=DTYPES[precision])
 
     @overload
     def __call__(self, images: AnyImage) -> Found: ...
@@ -91,17 +100,21 @@ class Detector:
         """One image, or a list of them, which is one batch.
 
         Raises:
-            DataError: an image cannot be read, or is not RGB of 8 bits.
+            DataError: an image cannot be read, or holds other channels or bits than the training set.
         """
         if isinstance(images, list):
-            return self._detect([as_array(image) for image in images]) if images else []
-        return self._detect([as_array(images)])[0]
+            return self._detect([as_array(image, self.pixels) for image in images]) if images else []
+        return self._detect([as_array(images, self.pixels)])[0]
 
     @torch.inference_mode()
     def _detect(self, images: list[np.ndarray]) -> list[Found]:
-        samples = [self._resize(_sample(image)) for image in images]
+        ground = self.pixels.ground
+        samples = [self._resize(_sample(stretched(image, self.pixels), ground)) for image in images]
         batch = collate(samples, pad_multiple=self._pad_multiple, canvas=self._resize.canvas()).to(self.device)
-        outputs = self._model(batch.images, sizes=batch.sizes)
+        pixels = batch.images
+        if self._normalize:
+            pixels = torch.addcmul(self._shift, pixels.float(), self._scale).to(DTYPES[self.precision])
+        outputs = self._model(pixels, sizes=batch.sizes)
         outputs = replace(outputs, box_raw=outputs.box_raw.float())  # coordinates need more digits than half has
         found = to_original(decode(outputs, batch.sizes, self.decode_config), batch)
         return [self._named(detections.cpu()) for detections in found]
@@ -146,6 +159,7 @@ def load(
         device=place,
         precision=precision or ("fp16" if place.type == "cuda" else "fp32"),
         category_ids=restored.category_ids,
+        pixels=config.data.pixels,
     )
 
 
@@ -176,7 +190,7 @@ def restore(path: Path, weights: str = "ema", overrides: Sequence[str] = ()) -> 
     config = from_snapshot(content["config"], str(path), overrides, plugins=False)
     classes = tuple(content["classes"])
     averaged = weights == "ema" and bool(content["ema"])
-    model = config.model.build(len(classes), load_weights=False)
+    model = config.network(len(classes), load_weights=False)
     state: dict[str, Tensor] = content["ema"] if averaged else content["model"]
     try:
         model.load_state_dict(state)
@@ -190,22 +204,32 @@ def restore(path: Path, weights: str = "ema", overrides: Sequence[str] = ()) -> 
     return Restored(model.eval(), classes, config, averaged, None if ids is None else tuple(ids))
 
 
-def as_array(image: AnyImage) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of any image that a detector takes.
+def as_array(image: AnyImage, pixels: Pixels = RGB) -> np.ndarray:
+    """(H, W, C), as `pixels` say but not normalised, of any image that a detector takes.
 
     Raises:
         DataError: the file cannot be read, or the array is of another shape or type.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise DataError(f"the image is {image.dtype} {image.shape}, expected uint8 (height, width, 3) in RGB order")
+        if image.dtype != pixels.dtype or image.ndim != 3 or image.shape[2] != pixels.channels or 0 in image.shape:
+            order = " in RGB order" if pixels.channels == 3 else ""
+            raise DataError(
+                f"the image is {image.dtype} {image.shape}, expected {pixels.dtype} (height, width, {pixels.channels})"
+                + order
+            )
         return image
     if isinstance(image, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    return read_image(Path(image))
+        if pixels.bits != 8 or pixels.channels not in (1, 3):
+            raise DataError(
+                f"a Pillow image holds 8 bits and at most RGB, but this detector takes {pixels.channels} channels of"
+                f" {pixels.bits} bits: give the file's path or an array"
+            )
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB" if pixels.channels == 3 else "L"))
+        return upright if pixels.channels == 3 else upright[..., None]
+    return read_pixels(Path(image), pixels)
 
 
-def _sample(image: np.ndarray) -> Sample:
+def _sample(image: np.ndarray, ground: tuple[int, ...]) -> Sample:
     none = np.zeros((0, 4), dtype=np.float32)
     return Sample(
         image=image,
@@ -217,4 +241,5 @@ def _sample(image: np.ndarray) -> Sample:
         original_size=(image.shape[0], image.shape[1]),
         scale=np.ones(2, dtype=np.float32),
         offset=np.zeros(2, dtype=np.float32),
+        ground=ground,
     )

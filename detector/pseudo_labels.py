@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from detector.data.channels import read_pixels
 from detector.data.formats import coco
-from detector.data.images import read_image
 from detector.errors import DataError, UserError
 from detector.media import IMAGES
 from detector.predict import Detector, Found
@@ -115,7 +115,7 @@ class Labeller:
             for image in part:
                 try:
                     size = (image["height"], image["width"]) if "height" in image else None
-                    pictures.append(read_image(source.folder / image["file_name"], size))
+                    pictures.append(read_pixels(source.folder / image["file_name"], self.detector.pixels, size))
                     read.append(image)
                 except DataError as error:
                     self.failures.append(str(error))

@@ -265,9 +265,9 @@ class Detections:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the loader yields: images as uint8, truth flat over the batch, and the way back to original pixels."""
+    """What the loader yields: images as read, truth flat over the batch, and the way back to original pixels."""
 
-    images: Tensor  # (B, 3, H, W) uint8 RGB, padded at right and bottom
+    images: Tensor  # (B, C, H, W) uint8, or uint16 where the files are; padded at right and bottom
     objects: Objects
     ids: Tensor  # (B,) int64 image ids of the annotation file
     original_sizes: Tensor  # (B, 2) int64 height, width

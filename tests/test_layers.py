@@ -18,6 +18,7 @@ LAYERS = (
         "detector.seeding",
         "detector.files",
         "detector.canvas",
+        "detector.pixels",
         "detector.config.node",
         "detector.config.yaml",
         "detector.train.length",

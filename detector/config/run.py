@@ -21,7 +21,8 @@ from detector.evaluate.config import EvaluateConfig
 from detector.losses.criteria import WITHOUT_RULE, AnyCriterion
 from detector.losses.dense import DenseCriterionConfig
 from detector.losses.two_stage import CrossEntropy
-from detector.models import Model
+from detector.models import Model, Network
+from detector.pixels import Statistics
 from detector.train.config import TrainConfig
 
 
@@ -46,6 +47,11 @@ class RunConfig(Node):
     train: TrainConfig
     decode: DecodeConfig = DecodeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    def network(self, num_classes: int, *, load_weights: bool = True) -> Network:
+        """The model for images as the data have them; `load_weights=False` leaves the backbone random, for a
+        checkpoint that follows."""
+        return self.model.build(num_classes, load_weights=load_weights, pixels=self.data.pixels)
 
     @property
     def folder(self) -> Path:
@@ -76,6 +82,33 @@ class RunConfig(Node):
             raise ValueError(
                 f"augment.{weighing}.weights is true, but criterion.type {self.criterion.type!r} does not know weights"
                 " of single objects: set it to false, or criterion.type=dense"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pixels_fit(self) -> RunConfig:
+        """Every step of `augment` and the backbone can take what the images hold."""
+        pixels, backbone = self.data.pixels, self.model.backbone
+        for i, step in enumerate(self.augment):
+            objection = step.objection(pixels)
+            if objection is not None:
+                raise ValueError(f"augment.{i}: {objection}")
+        if isinstance(pixels.normalize, Statistics) and not (backbone.mean is None and backbone.std is None):
+            raise ValueError(
+                "data.pixels.normalize.type is 'statistics' and model.backbone.mean or std is set: leave one out"
+            )
+        kinds = [one.type for one in self.data.sources.values()] if self.data.type == "several" else [self.data.type]
+        if "shapes" in kinds and (pixels.channels, pixels.bits) != (3, 8):
+            raise ValueError("data.type 'shapes' makes RGB of 8 bits: leave data.pixels.channels and bits out")
+        return self
+
+    @model_validator(mode="after")
+    def _something_for_the_device(self) -> RunConfig:
+        can = bool(self.data.resize.multi_scale) or (len(self.augment) > 0 and self.augment[-1].on_device)
+        if self.data.augment_on == "device" and not can:
+            raise ValueError(
+                "data.augment_on is 'device' but there is nothing that the device could do: put flip or color last in"
+                " augment, set data.resize.multi_scale, or set data.augment_on=workers"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Samples to a batch: one padded block of uint8 pixels, and the truth flat over the batch."""
+"""Samples to a batch: one padded block of uint8 (or uint16) pixels, and the truth flat over the batch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -15,9 +16,8 @@ from torch.utils.data import get_worker_info
 
 from detector.data.geometry import joined_weights
 from detector.data.sample import Sample
+from detector.pixels import PADDING as PADDING
 from detector.structures import Batch, Objects
-
-PADDING = (124, 116, 104)  # ImageNet's mean colour: about zero once the model has normalised it
 
 
 def collate(
@@ -31,7 +31,7 @@ def collate(
     """A batch whose height and width are `canvas`, or the largest image's, rounded up to a multiple.
 
     The pixels lie in memory as (B, H, W, 3), which decoders give and fast convolutions want; `images` is a view of
-    that, so (B, 3, H, W) in channels_last format.
+    that, so (B, C, H, W) in channels_last format.
 
     Args:
         count: how many samples there are, where `samples` has no length.  With a canvas each is then moved to its place
@@ -42,9 +42,12 @@ def collate(
         samples = list(samples)
         count = len(samples)
         canvas = canvas or (max(s.image.shape[0] for s in samples), max(s.image.shape[1] for s in samples))
-    pixels = _allocate((count, _up(canvas[0], pad_multiple), _up(canvas[1], pad_multiple), 3))
-    placed = [_place(sample, picture) for sample, picture in zip(samples, pixels.numpy(), strict=True)]
-    return Batch(
+    samples = iter(samples)
+    first = next(samples)
+    shape = (count, up(canvas[0], pad_multiple), up(canvas[1], pad_multiple), len(first.ground))
+    pixels = _allocate(shape, getattr(torch, first.image.dtype.name))
+    placed = [_place(sample, picture) for sample, picture in zip(chain([first], samples), pixels.numpy(), strict=True)]
+    batch = Batch(
         images=pixels.permute(0, 3, 1, 2),
         objects=_objects(placed),
         ids=torch.tensor([s.image_id for s in placed], dtype=torch.int64),
@@ -53,25 +56,30 @@ def collate(
         offset=torch.from_numpy(np.stack([s.offset for s in placed])),
         failures=tuple(failures),
     )
+    if first.later is None:
+        return batch
+    from detector.data.later import attach
+
+    return attach(batch, placed, pad_multiple)
 
 
 def _place(sample: Sample, picture: np.ndarray) -> Sample:
-    """The sample with its image in `picture`, (H, W, 3), whose rest is padded."""
+    """The sample with its image in `picture`, (H, W, C), whose rest is padded."""
     h, w = sample.image.shape[:2]
     inside = picture[:h, :w]
     inside[:] = sample.image
     # Rows as flat numbers: numpy copies them whole, where a colour of three would be written one number at a time.
     rows = picture.reshape(len(picture), -1)
-    padding = _padding(picture.shape[1])
+    padding = _padding(picture.shape[1], sample.ground, picture.dtype)
     rows[h:] = padding
-    rows[:h, 3 * w :] = padding[3 * w :]
+    rows[:h, len(sample.ground) * w :] = padding[len(sample.ground) * w :]
     return replace(sample, image=inside)
 
 
 @lru_cache(maxsize=64)
-def _padding(width: int) -> np.ndarray:
-    """(3 * width,) uint8: one row of it."""
-    return np.tile(np.array(PADDING, dtype=np.uint8), width)
+def _padding(width: int, ground: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """(C * width,): one row of it."""
+    return np.tile(np.array(ground, dtype=dtype), width)
 
 
 def _objects(samples: Sequence[Sample]) -> Objects:
@@ -91,32 +99,33 @@ def _objects(samples: Sequence[Sample]) -> Objects:
     return Objects(batch_size=len(samples), **{name: torch.from_numpy(array) for name, array in truth.items()})
 
 
-def _up(length: int, multiple: int) -> int:
+def up(length: int, multiple: int) -> int:
+    """The next multiple, or the length itself."""
     return -(-length // multiple) * multiple
 
 
-def _allocate(shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """uint8; in a worker in shared memory from the start, as torch's own collate does, which saves a copy."""
+def _allocate(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """In a worker in shared memory from the start, as torch's own collate does, which saves a copy."""
     if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 # A tensor sent from a worker costs a file handle and a system call or two, however small it is.  So of a batch's eleven
 # tensors only the pixels go through shared memory; the others go as plain arrays.
 
 
-def _send(batch: Batch) -> tuple[Any, ...]:
+def send(batch: Batch) -> tuple[Any, ...]:
     fields = {name: getattr(batch, name) for name in ("ids", "original_sizes", "scale", "offset")}
     objects = batch.objects
     names = ("boxes", "labels", "image", "ignore", "ignore_image", "sizes", "weight")
     truth = {name: tensor for name in names if (tensor := getattr(objects, name)) is not None}
     arrays = [{name: tensor.numpy() for name, tensor in group.items()} for group in (fields, truth)]
-    return _receive, (batch.images.permute(0, 2, 3, 1), *arrays, batch.failures)
+    return receive, (batch.images.permute(0, 2, 3, 1), *arrays, batch.failures)
 
 
-def _receive(
+def receive(
     pixels: torch.Tensor, fields: dict[str, np.ndarray], truth: dict[str, np.ndarray], failures: tuple[str, ...]
 ) -> Batch:
     objects = Objects(batch_size=len(pixels), **{name: torch.from_numpy(array) for name, array in truth.items()})
@@ -124,4 +133,4 @@ def _receive(
     return Batch(images=pixels.permute(0, 3, 1, 2), objects=objects, failures=failures, **rest)
 
 
-ForkingPickler.register(Batch, _send)
+ForkingPickler.register(Batch, send)

@@ -32,6 +32,7 @@ import psutil
 from detector.data.images import reduction
 from detector.data.index import CocoIndex
 from detector.errors import DataError
+from detector.pixels import RGB, Pixels
 
 _log = logging.getLogger(__name__)
 CacheKind = Literal["none", "memory", "file"]
@@ -52,11 +53,13 @@ class ImageCache:
     Args:
         path: of the mapped file, which is there and of the right size.
         offsets: (n + 1,) int64, bytes: the slot of image i is offsets[i] to offsets[i + 1] of the pixels.
+        pixels: what an image holds.
     """
 
-    def __init__(self, path: str, offsets: np.ndarray) -> None:
+    def __init__(self, path: str, offsets: np.ndarray, pixels: Pixels = RGB) -> None:
         self.path = path
         self.offsets = offsets
+        self.pixels = pixels
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - workers may open it through /proc
         whole = np.frombuffer(mmap.mmap(self._file.fileno(), 0), dtype=np.uint8)
         start = _start(len(offsets) - 1)
@@ -64,10 +67,10 @@ class ImageCache:
         self._pixels = whole[start:]
         self._checked = np.full(len(offsets) - 1, -1, dtype=np.int64)  # the checksum that this process has compared
 
-    def __getstate__(self) -> tuple[str, np.ndarray]:
-        return self.path, self.offsets
+    def __getstate__(self) -> tuple[str, np.ndarray, Pixels]:
+        return self.path, self.offsets, self.pixels
 
-    def __setstate__(self, state: tuple[str, np.ndarray]) -> None:
+    def __setstate__(self, state: tuple[str, np.ndarray, Pixels]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     @property
@@ -76,7 +79,7 @@ class ImageCache:
         return int(np.count_nonzero(self._records["stored"]))
 
     def read(self, i: int, path: str, decode: Callable[[], tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
-        """Image i, whose file is at `path`: (h, w, 3) uint8, perhaps not writable, and by what its size is divided.
+        """Image i, whose file is at `path`: (h, w, C), perhaps not writable, and by what its size is divided.
 
         `decode` gives both where they are not stored, or its error.
         """
@@ -96,7 +99,7 @@ class ImageCache:
         stored, crc, changed, size, height, width, n, _ = self._records[i].item()
         if not stored or (changed, size) != stamp:
             return None
-        first, count = int(self.offsets[i]), height * width * 3
+        first, count = int(self.offsets[i]), height * width * _depth(self.pixels)
         if not 0 < count <= self.offsets[i + 1] - first:
             return None
         pixels = self._pixels[first : first + count]
@@ -104,16 +107,16 @@ class ImageCache:
             if zlib.crc32(pixels.data) != crc:
                 return None
             self._checked[i] = crc
-        image = pixels.reshape(height, width, 3)
+        image = pixels.view(self.pixels.dtype).reshape(height, width, self.pixels.channels)
         image.flags.writeable = False
         return image, n
 
     def _store(self, i: int, stamp: tuple[int, int], image: np.ndarray, n: int) -> None:
-        first, count = int(self.offsets[i]), image.size
+        first, count = int(self.offsets[i]), image.nbytes
         if count > self.offsets[i + 1] - first:  # a JPEG that could not be reduced as foreseen: decoded each time
             return
         self._records["stored"][i] = 0
-        self._pixels[first : first + count] = image.reshape(-1)
+        self._pixels[first : first + count] = np.ascontiguousarray(image).reshape(-1).view(np.uint8)
         height, width = image.shape[:2]
         crc = zlib.crc32(self._pixels[first : first + count].data)
         self._records[i] = (0, crc, *stamp, height, width, n, 0)
@@ -121,21 +124,24 @@ class ImageCache:
         self._checked[i] = crc
 
 
-def open_cache(index: CocoIndex, least: Least | None, kind: Literal["memory", "file"], folder: Path) -> ImageCache:
+def open_cache(
+    index: CocoIndex, least: Least | None, kind: Literal["memory", "file"], folder: Path, pixels: Pixels = RGB
+) -> ImageCache:
     """The cache of an index's images; of a file, what earlier runs have left in it is used.
 
     Args:
         least: what decoding has to leave of an image, as `CocoData` has it.
         folder: of the files.
+        pixels: what the images hold; percentiles are taken after the cache.
 
     Raises:
         DataError: it does not fit, says by how much; or the file cannot be written.
     """
-    offsets = _slots(index, least)
+    offsets = _slots(index, least, pixels)
     size = _start(len(index)) + int(offsets[-1])
     what = f"data.cache={kind}: the {len(index)} decoded images of {index.annotations} take {_gib(size)}"
-    path = _in_memory(size, what) if kind == "memory" else _on_disk(folder, _key(index, offsets), size, what)
-    cache = ImageCache(path, offsets)
+    path = _in_memory(size, what) if kind == "memory" else _on_disk(folder, _key(index, offsets, pixels), size, what)
+    cache = ImageCache(path, offsets, pixels)
     if kind == "memory":
         os.close(int(path.rpartition("/")[2]))  # the cache has opened the file by itself
         cache.path = f"/proc/{os.getpid()}/fd/{cache._file.fileno()}"
@@ -165,7 +171,7 @@ def available_memory() -> int:
     return max(found, 0)
 
 
-def _slots(index: CocoIndex, least: Least | None) -> np.ndarray:
+def _slots(index: CocoIndex, least: Least | None, pixels: Pixels) -> np.ndarray:
     """(n + 1,) int64: where each image's pixels begin."""
     sizes = index.sizes.astype(np.int64)
     if least is not None:
@@ -174,8 +180,13 @@ def _slots(index: CocoIndex, least: Least | None) -> np.ndarray:
         names = (index.file_name(i).lower() for i in range(len(index)))
         jpeg = np.fromiter((name.endswith((".jpg", ".jpeg")) for name in names), dtype=bool, count=len(index))
         sizes = -(-sizes // np.where(jpeg, factors[which.reshape(-1)], 1)[:, None])
-    lengths = -(-sizes.prod(1) * 3 // _ALIGNED) * _ALIGNED
+    lengths = -(-sizes.prod(1) * _depth(pixels) // _ALIGNED) * _ALIGNED
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _depth(pixels: Pixels) -> int:
+    """Bytes of a pixel."""
+    return pixels.channels * pixels.dtype.itemsize
 
 
 def _start(count: int) -> int:
@@ -274,7 +285,7 @@ def _label(key: str) -> bytes:
     return _MAGIC + key.encode() + b"\n"
 
 
-def _key(index: CocoIndex, offsets: np.ndarray) -> str:
+def _key(index: CocoIndex, offsets: np.ndarray, pixels: Pixels) -> str:
     """Of the images' files and of their sizes when decoded; not of their content, which each record goes by."""
     digest = hashlib.blake2b(_MAGIC, digest_size=16)
     folders: dict[Any, str] = {}
@@ -285,6 +296,8 @@ def _key(index: CocoIndex, offsets: np.ndarray) -> str:
         digest.update(f"{folders[folder]}\0{index.file_name(i)}\0".encode("utf-8", "surrogatepass"))
     digest.update(np.ascontiguousarray(index.sizes, dtype="<i4").tobytes())
     digest.update(offsets.astype("<i8").tobytes())
+    if (pixels.channels, pixels.bits) != (RGB.channels, RGB.bits):
+        digest.update(f"{pixels.channels} of {pixels.bits} bits".encode())
     return digest.hexdigest()
 
 

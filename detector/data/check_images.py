@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from detector.data.channels import TIFF_NAMES, read_tiff
 from detector.data.images import is_cut_off, read_image
 from detector.errors import DataError
 
@@ -65,8 +66,21 @@ def look_at(path: Path, depth: Depth) -> ImageFile:
         if depth is Depth.QUICK and is_cut_off(np.memmap(path, dtype=np.uint8, mode="r")):
             return ImageFile(problem="the JPEG is cut off")
     except DataError as error:
+        if depth is Depth.FULL and path.suffix.lower() in TIFF_NAMES:
+            return _look_at_tiff(path)
         return ImageFile(problem=str(error).removeprefix(f"{path}: "))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if depth is Depth.FULL and path.suffix.lower() in TIFF_NAMES:
+            return _look_at_tiff(path)
         return ImageFile(problem=f"cannot be read ({type(error).__name__})")
     upright = stored[::-1] if orientation in range(_SIDEWAYS, 9) else stored
     return ImageFile(decoded if depth is Depth.FULL else upright, stored, orientation in range(2, 9))
+
+
+def _look_at_tiff(path: Path) -> ImageFile:
+    """One of channels that common readers do not know."""
+    try:
+        height, width = read_tiff(path).shape[:2]
+    except DataError as error:
+        return ImageFile(problem=str(error).removeprefix(f"{path}: "))
+    return ImageFile((height, width), (height, width))

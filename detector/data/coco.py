@@ -15,12 +15,14 @@ from functools import cached_property
 import numpy as np
 
 from detector.data.cache import ImageCache
+from detector.data.channels import read_pixels, stretched
 from detector.data.geometry import follow
 from detector.data.images import read_image, read_reduced
 from detector.data.index import CocoIndex as CocoIndex
 from detector.data.outlines import Outlines, scaling
 from detector.data.sample import Sample
 from detector.errors import DataError
+from detector.pixels import PADDING, Pixels
 
 MEBIBYTE = 1 << 20
 
@@ -31,6 +33,7 @@ class CocoData:
     Args:
         cache: keeps what `data.reduced(i)` decodes.
         least: to the (height, width) of an image what `data.reduced(i)` must leave of it; None: all.
+        pixels: what the images hold, and how each is normalised by itself; default: 8-bit RGB.
     """
 
     def __init__(
@@ -38,10 +41,13 @@ class CocoData:
         index: CocoIndex,
         least: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
         cache: ImageCache | None = None,
+        pixels: Pixels | None = None,
     ) -> None:
         self.index = index
-        self.least = least
         self.cache = cache
+        self.pixels = None if pixels is None or pixels.plain else pixels
+        self.least = least if self.pixels is None else None
+        self.ground = PADDING if pixels is None else pixels.ground
 
     def __len__(self) -> int:
         return len(self.index)
@@ -53,8 +59,7 @@ class CocoData:
         """
         if not 0 <= i < len(self.index):
             raise IndexError(f"image {i} of {len(self.index)}")
-        height, width = self.index.sizes[i].tolist()
-        return self._sample(i, read_image(self._path(i), (height, width)))
+        return self._sample(i, self._decoded(i, whole=True)[0])
 
     def reduced(self, i: int) -> Sample:
         """`data[i]`, a JPEG perhaps decoded at 1/2, 1/4 or 1/8 of its size: boxes, `scale` and image agree.
@@ -71,9 +76,12 @@ class CocoData:
         sample = self._sample(i, image)
         return sample if n == 1 else follow(sample, image, (1 / n, 1 / n), (0.0, 0.0))
 
-    def _decoded(self, i: int) -> tuple[np.ndarray, int]:
+    def _decoded(self, i: int, whole: bool = False) -> tuple[np.ndarray, int]:
+        """As the file has it, and by what its size is divided."""
         height, width = self.index.sizes[i].tolist()
-        if self.least is None:
+        if self.pixels is not None:
+            return read_pixels(self._path(i), self.pixels, (height, width)), 1
+        if whole or self.least is None:
             return read_image(self._path(i), (height, width)), 1
         return read_reduced(self._path(i), (height, width), self.least((height, width)))
 
@@ -84,6 +92,8 @@ class CocoData:
         index = self.index
         height, width = index.sizes[i].tolist()
         first = index.rows(i)
+        if self.pixels is not None:
+            image = stretched(image, self.pixels)
         crowd = index.crowd[first]
         rows = np.arange(first.start, first.stop)
         objects, regions = (rows[~crowd], rows[crowd]) if crowd.any() else (rows, rows[:0])
@@ -98,11 +108,12 @@ class CocoData:
             original_size=(height, width),
             scale=np.ones(2, dtype=np.float32),
             offset=np.zeros(2, dtype=np.float32),
+            ground=self.ground,
         )
 
 
 class Reader:
-    """Reads samples.  Those read as partners are kept, up to `keep` bytes, the least recently used given up first;
+    """Reads samples.  Those that may come again are kept, up to `keep` bytes, the least recently used given up first;
     what is kept decides how long reading takes and nothing else."""
 
     def __init__(self, data: CocoData, *, max_unreadable: int, masks: bool, keep: int) -> None:
@@ -113,7 +124,7 @@ class Reader:
         self._kept: OrderedDict[int, Sample] = OrderedDict()
         self._bytes = 0
 
-    def read(self, index: int, failures: list[str], partner: bool = False) -> Sample:
+    def read(self, index: int, failures: list[str], keep: bool = False) -> Sample:
         """Image `index`, or the next one that can be read; appends a line to `failures` for each that cannot.
 
         Raises:
@@ -132,8 +143,10 @@ class Reader:
                 continue
             if self.masks:
                 stored = Outlines.stored(self.data.index, sample.rows)
-                sample = replace(sample, outlines=stored.mapped(scaling(sample.scale, sample.offset)))
-            if partner:
+                moved = (sample.scale != 1).any() or sample.offset.any()
+                outlines = stored.mapped(scaling(sample.scale, sample.offset)) if moved else stored
+                sample = replace(sample, outlines=outlines)
+            if keep:
                 self._keep(i, sample)
             return sample
         raise DataError(f"{tries} images in a row could not be read; the first: {failures[-tries]}")

@@ -22,6 +22,7 @@ from detector.data.places import SplitName as SplitName
 from detector.data.resize import Resize, ShortEdge
 from detector.data.several import Renaming, SeveralIndex, listed, merged, partly_labelled, renamed
 from detector.errors import DataError
+from detector.pixels import Pixels
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 class DataSource(Node):
     """What all sources of data share."""
 
+    pixels: Pixels = Field(Pixels(), description="what the images hold, and how they are normalised")
     resize: Resize = ShortEdge()
     pad_multiple: int = Field(32, ge=1, description="height and width of a batch are multiples of this")
     workers: int = Field(2, ge=0, description="processes that read and augment; 0: the main process does")
@@ -39,6 +41,11 @@ class DataSource(Node):
         " width that `resize` asks for: 1 saves most, 2 keeps detail for crops that enlarge; default: never",
     )
     max_unreadable: int = Field(10, ge=0, description="images that may turn out unreadable before the run stops")
+    augment_on: Literal["workers", "device"] = Field(
+        "workers",
+        description="device: the training device does multi-scale, and flip and color at the end of `augment`, for"
+        " machines with more GPU than CPU; from the same random numbers",
+    )
     order: AnyOrdering = Field(Shuffle(), description="of the training images")
     partner_cache: int = Field(
         128, ge=0, description="MiB in each worker for images that mosaic, mixup and copy-paste have drawn before"
@@ -57,6 +64,17 @@ class DataSource(Node):
             raise ValueError(f"cache_dir is set, but cache is {self.cache!r}: set cache=file, or leave cache_dir out")
         return self
 
+    @model_validator(mode="after")
+    def _scales_in_reach(self) -> Self:
+        """On the device an image is resampled once more, linearly, which skips pixels where it shrinks too far."""
+        sizes = self.resize.multi_scale
+        if self.augment_on == "device" and sizes and 2 * min(sizes) < self.resize.length:
+            raise ValueError(
+                f"resize.multi_scale: {min(sizes)} is less than half of {self.resize.length}, too far for augment_on:"
+                " device, which resamples images of the set size: set a smaller size, or augment_on: workers"
+            )
+        return self
+
     def open(self, split: SplitName, classes: tuple[str, ...] | None = None, *, cached: bool = False) -> CocoData:
         """One split, indexed.
 
@@ -73,11 +91,11 @@ class DataSource(Node):
             raise DataError(
                 f"{index.annotations}: {_difference(index.classes, classes)}; all splits must have equal classes"
             )
-        least = None if self.reduced_decoding is None else self._least
+        least = None if self.reduced_decoding is None or not self.pixels.plain else self._least
         cache = None
         if cached and self.cache != "none":
-            cache = open_cache(index, least, self.cache, self.cache_dir or default_folder())
-        return CocoData(index, least, cache)
+            cache = open_cache(index, least, self.cache, self.cache_dir or default_folder(), self.pixels)
+        return CocoData(index, least, cache, self.pixels)
 
     def _least(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that decoding has to leave of an image of `size`, in training as in evaluation."""

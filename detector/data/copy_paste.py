@@ -19,7 +19,7 @@ from detector.data.index import CocoIndex
 from detector.data.outlines import Frame, Outlines, Polygons, Shape, scaling, shift, warp
 from detector.data.pasting import blend, cover_objects, outline, rasterize
 from detector.data.pool import Pool
-from detector.data.resize import resample
+from detector.data.resize import like, resample
 from detector.data.sample import Sample
 from detector.data.steps import Augmentation, Combination, ScaleRange, Share
 from detector.data.windows import added, choose, draw_scale
@@ -76,7 +76,7 @@ class CopyPaste(Combination):
         # From the other image's pixels to the window's, then to the sample's.
         matrix = scaling((across.scale, down.scale), (across.offset, down.offset)) @ shift(-source.left, -source.top)
         if rng.random() < self.flip:
-            patch, matrix = cv2.flip(patch, 1), scaling((-1, 1), (window.size[1], 0)) @ matrix
+            patch, matrix = like(cv2.flip(patch, 1), patch), scaling((-1, 1), (window.size[1], 0)) @ matrix
         matrix = shift(window.left, window.top) @ matrix
         places = np.array(list(chosen))
         maps = np.broadcast_to(matrix, (len(chosen), 3, 3))

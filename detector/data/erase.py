@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from detector.data.batch import PADDING
 from detector.data.outlines import Frame
 from detector.data.pasting import cover_objects
 from detector.data.sample import Sample
@@ -68,5 +67,5 @@ class GridMask(Augmentation):
 
 def _erased(sample: Sample, cover: np.ndarray, visible: float) -> Sample:
     image = sample.image.copy()
-    image[cover == 1] = PADDING
+    image[cover == 1] = sample.ground
     return cover_objects(replace(sample, image=image), cover, Frame.of(image), visible, shrink=False)

@@ -39,7 +39,7 @@ def read_image(path: Path | str, expected_size: tuple[int, int] | None = None) -
         DataError: the file is missing, no image, damaged or cut off, of another size than expected, or of more than
             `LARGEST` pixels.
     """
-    return _read_whole(_read(path), path, expected_size)
+    return _read_whole(read_bytes(path), path, expected_size)
 
 
 def read_reduced(path: Path | str, size: tuple[int, int], least: tuple[int, int]) -> tuple[np.ndarray, int]:
@@ -54,7 +54,7 @@ def read_reduced(path: Path | str, size: tuple[int, int], least: tuple[int, int]
     Raises:
         DataError: as `read_image`.
     """
-    content = _read(path)
+    content = read_bytes(path)
     n = reduction(size, least)
     _refuse_huge((-(-size[0] // n), -(-size[1] // n)), path)
     reduced = None if n == 1 else _decode_reduced(content, size, n)
@@ -84,7 +84,12 @@ def is_cut_off(content: np.ndarray | bytes) -> bool:
     return True
 
 
-def _read(path: Path | str) -> bytes:
+def read_bytes(path: Path | str) -> bytes:
+    """A whole file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()

@@ -14,6 +14,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -25,14 +26,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detector import seeding
-from detector.data.batch import PADDING, collate
+from detector.data.batch import collate
 from detector.data.coco import MEBIBYTE, CocoData, Reader
+from detector.data.later import Later
 from detector.data.order import Ordering, Shuffle
 from detector.data.pool import Pool
 from detector.data.resize import Sizing
 from detector.data.sample import Sample
 from detector.data.sampler import InOrder, Key, Stream
-from detector.data.steps import Active, Augmentation, Combination, Step, active, never_on
+from detector.data.steps import Active, Augmentation, Combination, Deferrable, Step, active, never_on
 from detector.errors import DataError, UserError
 from detector.structures import Batch
 
@@ -58,6 +60,7 @@ def train_loader(
     epochs: float | None = None,
     partner_cache: int = 128,
     order: Ordering | None = None,
+    defer: bool = False,
 ) -> Loader:
     """The batches of the steps from `start_step` to before `stop_step`.
 
@@ -69,6 +72,7 @@ def train_loader(
         epochs: of the whole run, which steps of `augment` may go by; default: what ends with `stop_step`.
         partner_cache: MiB in each worker for images that steps combining several have drawn before.
         order: which images an epoch shows; default: each once, shuffled.
+        defer: leave multi-scale, and flip and colour at the end of `augment`, to `later.finished(batch)`.
 
     Raises:
         DataError: the set has no image, or a step of `augment` cannot do anything on it; while
@@ -96,6 +100,7 @@ def train_loader(
         pad_multiple=pad_multiple,
         max_unreadable=max_unreadable,
         partner_cache=partner_cache,
+        defer=defer,
     )
     return Loader(source, keys, workers, max_unreadable)
 
@@ -196,6 +201,8 @@ class Loader:
 class _Source(Dataset[Any], ABC):
     """Makes the batch of a list of keys; a user's mistake is returned, so that its text arrives without a traceback."""
 
+    defer = False  # whether something is left to the training device
+
     def __init__(self, data: CocoData, resize: Sizing, pad_multiple: int) -> None:
         self.data = data
         self.resize = resize
@@ -204,7 +211,7 @@ class _Source(Dataset[Any], ABC):
     def __getitems__(self, keys: list[Key]) -> Batch | UserError:
         failures: list[str] = []
         samples = (self.sample(key, failures) for key in keys)
-        canvas = self.resize.canvas(keys[0].choice)
+        canvas = self.resize.canvas(None if self.defer else keys[0].choice)
         try:
             return collate(samples, pad_multiple=self.pad_multiple, canvas=canvas, count=len(keys), failures=failures)
         except UserError as error:
@@ -233,6 +240,7 @@ class TrainSource(_Source):
         pad_multiple: int,
         max_unreadable: int,
         partner_cache: int,
+        defer: bool = False,
     ) -> None:
         super().__init__(data, resize, pad_multiple)
         for change in augment:
@@ -242,28 +250,37 @@ class TrainSource(_Source):
         self.augment = augment
         self.seed = seed
         self.epochs = epochs
+        self.defer = defer
+        self.combines = any(isinstance(change, Combination) for change in augment)
         masks = any(change.uses_masks for change in augment)
         self.reader = Reader(data, max_unreadable=max_unreadable, masks=masks, keep=partner_cache * MEBIBYTE)
         self.scheduled = any(change.when is not None for change in augment)
         self._active = (0, active(augment, 0, epochs))
 
     def sample(self, key: Key, failures: list[str]) -> Sample:
-        sample = self.reader.read(key.image, failures)
+        # Also what has its own turn may be drawn by others: a set that fits into the memory for them is decoded once.
+        sample = self.reader.read(key.image, failures, keep=self.combines)
         pool = Pool(self.reader, key.image, failures)
         again = (key.repeat,) if key.repeat else ()
         rng = seeding.generator(self.seed, seeding.SAMPLE, key.epoch, key.image, *again)
         changes = self.active(key.epoch)
+        last = list(takewhile(lambda change: change.step.on_device, reversed(changes)))[::-1] if self.defer else []
+        changes, choice = changes[: len(changes) - len(last)], None if self.defer else key.choice
         # The last steps, as far as they give the same after the resize, are done where the image is smaller.
         around = len(list(takewhile(lambda change: change.step.commutes, reversed(changes))))
         for change in changes[: len(changes) - around]:
             sample = _apply(change, sample, rng, pool)
-        height, width = self.resize.target(sample.image.shape[:2], key.choice)
+        size = (sample.image.shape[0], sample.image.shape[1])
+        height, width = self.resize.target(size, choice)
         shrinks = height * width < sample.image.shape[0] * sample.image.shape[1]
         if shrinks:
-            sample = self.resize(sample, key.choice)
+            sample = self.resize(sample, choice)
         for change in changes[len(changes) - around :]:
             sample = _apply(change, sample, rng, pool)
-        return sample if shrinks else self.resize(sample, key.choice)
+        sample = sample if shrinks else self.resize(sample, choice)
+        if not self.defer:
+            return sample
+        return replace(sample, later=_draw(last, rng, self.resize, size, key.choice, len(sample.ground)))
 
     def active(self, epoch: int) -> tuple[Active, ...]:
         """The steps that are on in an epoch."""
@@ -282,6 +299,26 @@ def _apply(change: Active, sample: Sample, rng: np.random.Generator, pool: Pool)
     return change.step(sample, rng)
 
 
+def _draw(
+    last: Sequence[Active],
+    rng: np.random.Generator,
+    resize: Sizing,
+    size: tuple[int, int],
+    choice: int | None,
+    channels: int,
+) -> Later:
+    """What the device does, drawn as `_apply` would; `size`: height, width of the image before it was resized."""
+    flip, colors = [False, False], []
+    for change in last:
+        if change.probability < 1 and rng.random() >= change.probability:
+            continue
+        assert isinstance(change.step, Deferrable)
+        flip = [one != other for one, other in zip(flip, change.step.mirrors(rng), strict=True)]
+        color = change.step.colors(rng, channels)
+        colors += [] if color is None else [color]
+    return Later(resize.target(size, choice), resize.canvas(choice), (flip[0], flip[1]), tuple(colors))
+
+
 class _EvalSource(_Source):
     def sample(self, key: Key, failures: list[str]) -> Sample:
         try:
@@ -293,8 +330,9 @@ class _EvalSource(_Source):
 
 def _blank(data: CocoData, i: int) -> Sample:
     height, width = data.index.sizes[i].tolist()
+    dtype = np.uint8 if data.pixels is None else data.pixels.dtype
     return Sample(
-        image=np.full((height, width, 3), PADDING, dtype=np.uint8),
+        image=np.full((height, width, len(data.ground)), data.ground, dtype=dtype),
         boxes=np.zeros((0, 4), dtype=np.float32),
         labels=np.zeros(0, dtype=np.int64),
         rows=np.zeros(0, dtype=np.int64),
@@ -303,6 +341,7 @@ def _blank(data: CocoData, i: int) -> Sample:
         original_size=(height, width),
         scale=np.ones(2, dtype=np.float32),
         offset=np.zeros(2, dtype=np.float32),
+        ground=data.ground,
     )
 
 

@@ -127,3 +127,16 @@ def _runs(text: bytes) -> list[int] | None:
         runs.append(value)
         value = shift = 0
     return None if shift else runs
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two (4,) xyxy boxes."""
+    low, high = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
+    shared = float(np.prod((high - low).clip(min=0)))
+    union = float(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2])) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def name_point(point: np.ndarray) -> str:
+    """(2,) x, y to be read."""
+    return "(" + ", ".join(f"{v:g}" for v in point.round(2)) + ")"

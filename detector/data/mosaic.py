@@ -12,6 +12,7 @@ from pydantic import Field
 
 from detector.data.geometry import follow, weights
 from detector.data.pool import Pool
+from detector.data.resize import like
 from detector.data.sample import Sample
 from detector.data.steps import Combination, Extent, ScaleRange, Share, ShareRange
 from detector.data.windows import added, canvas, choose, draw_scale, fitting, join, mirrored, show
@@ -35,7 +36,7 @@ class Mosaic(Combination):
         count = 2 if self.tiles == 4 else 3
         rows, columns = (_lines(side, count, self.shift, rng) for side in self.size)
         own = int(rng.integers(self.tiles))
-        image = canvas(self.size)
+        image = canvas(self.size, sample)
         parts = []
         for cell in range(self.tiles):
             row, column = divmod(cell, count)
@@ -79,7 +80,7 @@ class Mixup(Combination):
             tile = mirrored(tile)
         image = sample.image.copy()
         window = image[down.at : down.at + down.size, across.at : across.at + across.size]
-        window[:] = cv2.addWeighted(window, share, tile.image, 1 - share, 0)
+        window[:] = like(cv2.addWeighted(window, share, tile.image, 1 - share, 0), window)
         sample = replace(sample, image=image)
         if self.weights:
             sample, tile = _weighed(sample, share), _weighed(tile, 1 - share)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
+from detector.data.masks import iou, name_point
 from detector.errors import DataError
 
 if TYPE_CHECKING:
@@ -215,6 +216,18 @@ class Stored:
     index: CocoIndex
     row: int
     true: bool  # the file has one
+    _drawn: dict[Frame, np.ndarray] = field(default_factory=dict)  # one of them, a bit a pixel
+
+    def drawn(self, frame: Frame) -> np.ndarray:
+        """(height, width) uint8 of the frame, in the file's own pixels; kept as long as its sample is."""
+        packed = self._drawn.get(frame)
+        if packed is None:
+            pixels = self.shape.raster(frame)
+            self._drawn.clear()
+            self._drawn[frame] = np.packbits(pixels)
+            return pixels
+        height, width = frame.size
+        return np.unpackbits(packed, count=height * width).reshape(height, width)
 
     @cached_property
     def shape(self) -> Shape:
@@ -233,8 +246,8 @@ class Stored:
         if iou(bounds, box) < LEAST_AGREEMENT and np.abs(bounds - box).max() > 2:
             raise DataError(
                 f"{index.annotations}: annotation id {index.annotation_ids[row]}: the mask reaches from"
-                f" {_point(bounds[:2])} to {_point(bounds[2:])}, but its bbox from {_point(box[:2])} to"
-                f" {_point(box[2:])}: one of them is wrong; {index.doctor} finds them all"
+                f" {name_point(bounds[:2])} to {name_point(bounds[2:])}, but its bbox from {name_point(box[:2])} to"
+                f" {name_point(box[2:])}: one of them is wrong; {index.doctor} finds them all"
             )
         return found
 
@@ -292,7 +305,10 @@ class Outlines:
 
     def drawn(self, i: int, frame: Frame) -> np.ndarray:
         """(height, width) uint8 of the frame: 1 where object i is."""
-        return self._source(i).drawn(self.maps[i], frame)
+        source, matrix = self.sources[i], self.maps[i]
+        if isinstance(source, Stored) and (matrix == SAME).all():
+            return source.drawn(frame)
+        return self._source(i).drawn(matrix, frame)
 
     def changed(self, shapes: Mapping[int, Shape]) -> Outlines:
         """With these masks, in present pixels, in place of those before."""
@@ -336,11 +352,17 @@ def warp(
     interpolation: int = cv2.INTER_LINEAR,
 ) -> np.ndarray:
     """(height, width, ...): the image behind a (3, 3) map given for pixel edges; `ground` where there is none."""
+    if image.ndim == 3 and image.shape[2] > 4:  # ground of more than four channels is more than OpenCV takes
+        grounds = np.broadcast_to(ground, image.shape[2]).tolist()
+        parts = [(np.ascontiguousarray(image[..., i : i + 4]), grounds[i : i + 4]) for i in range(0, len(grounds), 4)]
+        return np.concatenate([warp(part, matrix, size, colour, interpolation) for part, colour in parts], axis=2)
     centered = shift(-0.5, -0.5) @ matrix @ shift(0.5, 0.5)  # OpenCV counts from the first pixel's centre
     options: dict[str, Any] = {"flags": interpolation, "borderMode": cv2.BORDER_CONSTANT, "borderValue": ground}
     if matrix[2, 0] or matrix[2, 1]:
-        return np.asarray(cv2.warpPerspective(image, centered, size[::-1], **options))
-    return np.asarray(cv2.warpAffine(image, centered[:2], size[::-1], **options))
+        out = cv2.warpPerspective(image, centered, size[::-1], **options)
+    else:
+        out = cv2.warpAffine(image, centered[:2], size[::-1], **options)
+    return np.asarray(out if out.ndim == image.ndim else out[..., None])
 
 
 def _cut(ring: np.ndarray, frame: Frame) -> np.ndarray:
@@ -375,14 +397,3 @@ def _has_false_corner(cut: np.ndarray, ring: np.ndarray, frame: Frame) -> bool:
 def _holds(frame: Frame, box: np.ndarray) -> bool:
     left, top, right, bottom = box.tolist()
     return bool(left >= frame.left and top >= frame.top and right <= frame.right and bottom <= frame.bottom)
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    low, high = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
-    shared = float(np.prod((high - low).clip(min=0)))
-    union = float(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2])) - shared
-    return shared / union if union > 0 else 0.0
-
-
-def _point(point: np.ndarray) -> str:
-    return "(" + ", ".join(f"{v:g}" for v in point.round(2)) + ")"

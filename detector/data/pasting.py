@@ -9,11 +9,12 @@ import numpy as np
 
 from detector.data.geometry import take
 from detector.data.outlines import Bitmap, Frame, Polygons, Shape
+from detector.data.resize import like
 from detector.data.sample import Sample
 
 
 def blend(below: np.ndarray, above: np.ndarray, cover: np.ndarray, edge: float) -> np.ndarray:
-    """(h, w, 3): `above` where the (h, w) uint8 `cover` is 1.
+    """(h, w, C): `above` where the (h, w) uint8 `cover` is 1.
 
     Within `edge` pixels of the cover's rim it fades, so nothing from outside the cover comes along.
     """
@@ -22,7 +23,10 @@ def blend(below: np.ndarray, above: np.ndarray, cover: np.ndarray, edge: float) 
     rim = cv2.copyMakeBorder(cover, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     depth = cv2.distanceTransform(rim, cv2.DIST_L2, 3)[1:-1, 1:-1]
     weight = np.minimum(depth * np.float32(1 / (edge + 1)), np.float32(1))
-    return np.asarray(cv2.blendLinear(above, below, weight, 1 - weight))
+    if above.dtype != np.uint8:  # more bits than cv2 blends
+        shares = weight[..., None]
+        return np.rint(above * shares + below * (1 - shares)).astype(above.dtype)
+    return like(cv2.blendLinear(above, below, weight, 1 - weight), above)
 
 
 def rasterize(objects: Sample, window: Frame) -> tuple[Sample, np.ndarray]:
@@ -54,14 +58,19 @@ def cover_objects(sample: Sample, cover: np.ndarray, window: Frame, visible: flo
         own = Frame.around(boxes[i], sample.image)
         shared = _overlap(boxes[i], window)
         hidden = cover[inside(shared, window)]
-        if not hidden.any():
+        if hidden.size == 0 or cv2.countNonZero(hidden) == 0:
             continue
         whole = draw(sample, i, own)
-        if not whole.any():  # thinner than a pixel
+        before = cv2.countNonZero(whole)
+        if before == 0:  # thinner than a pixel
             whole[:] = 1
+            before = whole.size
         left = whole.copy()
-        left[inside(shared, own)] &= 1 - hidden
-        count, before = int(np.count_nonzero(left)), int(np.count_nonzero(whole))
+        part = inside(shared, own)
+        left[part] = cv2.subtract(left[part], hidden)  # of zeros and ones, never below zero
+        count = cv2.countNonZero(left)
+        if count == before:
+            continue
         if shrink and count:
             boxes[i] = _shrunk(boxes[i], whole, left, own)
             rest[i] = Bitmap(left, own.left, own.top)

@@ -10,7 +10,6 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field
 
-from detector.data.batch import PADDING
 from detector.data.geometry import clip, follow, keep_visible
 from detector.data.outlines import Outlines, move, shift, warp
 from detector.data.sample import Sample
@@ -34,7 +33,7 @@ class LargeScaleJitter(Augmentation):
         scale = fitting(size, self.size) * draw_scale(self.scale, rng)
         down, across = (choose(size[i], self.size[i], scale, rng) for i in (0, 1))
         part = show(sample, down, across, self.visible)
-        image = canvas(self.size)
+        image = canvas(self.size, sample)
         image[down.at : down.at + down.size, across.at : across.at + across.size] = part.image
         return follow(part, image, (1.0, 1.0), (across.at, down.at))
 
@@ -66,7 +65,7 @@ class RandomPerspective(Augmentation):
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         before, after = sample.image.shape[:2], self.size or sample.image.shape[:2]
         matrix = self.matrix((before[0], before[1]), (after[0], after[1]), rng)
-        image = warp(sample.image, matrix, (after[0], after[1]), PADDING)
+        image = warp(sample.image, matrix, (after[0], after[1]), sample.ground)
         return _follow_map(sample, image, matrix, self.visible)
 
     def matrix(self, before: tuple[int, int], after: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

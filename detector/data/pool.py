@@ -31,7 +31,7 @@ class Pool:
             place = int(np.searchsorted(among, self.own))
             present = place < len(among) and among[place] == self.own
             i = int(among[self._other(rng, len(among), place if present else None)])
-        return self.reader.read(i, self.failures, partner=True)
+        return self.reader.read(i, self.failures, keep=True)
 
     @staticmethod
     def _other(rng: np.random.Generator, count: int, own: int | None) -> int:

@@ -34,6 +34,11 @@ class Sizing(Node):
             return sample
         return follow(sample, resample(sample.image, size), (size[1] / width, size[0] / height), (0.0, 0.0))
 
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """What a choice of `multi_scale` takes the place of."""
+
     @abstractmethod
     def target(self, size: tuple[int, int], choice: int | None = None) -> tuple[int, int]:
         """(height, width) that an image of `size` gets."""
@@ -55,6 +60,10 @@ class ShortEdge(Sizing):
     short: Pixels = 800
     long: Pixels = 1333
 
+    @property
+    def length(self) -> int:
+        return self.short
+
     def target(self, size: tuple[int, int], choice: int | None = None) -> tuple[int, int]:
         short = self.short if choice is None else self.multi_scale[choice]
         return _scaled(size, min(short / min(size), self.long / max(size)))
@@ -68,6 +77,10 @@ class Letterbox(Sizing):
 
     type: Literal["letterbox"] = "letterbox"
     size: tuple[Pixels, Pixels] = Field((640, 640), description="height, width; multi_scale gives the longer of them")
+
+    @property
+    def length(self) -> int:
+        return max(self.size)
 
     def target(self, size: tuple[int, int], choice: int | None = None) -> tuple[int, int]:
         height, width = self.canvas(choice)
@@ -83,6 +96,10 @@ class Fixed(Sizing):
     type: Literal["fixed"] = "fixed"
     size: tuple[Pixels, Pixels] = Field((640, 640), description="height, width; multi_scale gives the longer of them")
 
+    @property
+    def length(self) -> int:
+        return max(self.size)
+
     def target(self, size: tuple[int, int], choice: int | None = None) -> tuple[int, int]:
         return self.canvas(choice)
 
@@ -94,17 +111,22 @@ Resize = Annotated[ShortEdge | Letterbox | Fixed, Field(discriminator="type")]
 
 
 def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 to `size` (height, width).
+    """(H, W, ...) to `size` (height, width).
 
     Halved as long as that does not fall below `size`, then linear: a single linear step would skip pixels when it
     shrinks more than twofold, and cv2's area filter takes several times as long for a result that differs little.
     """
-    height, width = size
+    (height, width), whole = size, image
     while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
         image = cv2.resize(image, (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_LINEAR)
-    if image.shape[:2] == size:
-        return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    if image.shape[:2] != size:
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return like(image, whole)
+
+
+def like(image: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """What cv2 made of the (H, W, C) image `before`, with the axis that it drops where C is 1."""
+    return image if image.ndim == before.ndim else image[..., None]
 
 
 def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from detector.data.outlines import Outlines
+from detector.pixels import PADDING
+
+if TYPE_CHECKING:
+    from detector.data.later import Later
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """An RGB image and its objects.  n objects, c crowd regions.
+    """An image and its objects.  n objects, c crowd regions.
 
     Boxes are xyxy in pixels of `image`, pixel edges.  `scale` and `offset` lead from original pixels to the present
     ones, x_now = x_original * scale + offset, so that detections find their way back.
     """
 
-    image: np.ndarray  # (H, W, 3) uint8 RGB
+    image: np.ndarray  # (H, W, C) uint8 or uint16; RGB unless the set says otherwise
     boxes: np.ndarray  # (n, 4) float32 xyxy, none of them a crowd
     labels: np.ndarray  # (n,) int64 in [0, K)
     rows: np.ndarray  # (n,) int64: row of each object in the index's annotation arrays
@@ -27,4 +32,6 @@ class Sample:
     scale: np.ndarray  # (2,) float32 x, y
     offset: np.ndarray  # (2,) float32 x, y
     weight: np.ndarray | None = None  # (n,) float32: how much each object counts in the losses; None: 1
+    ground: tuple[int, ...] = PADDING  # (C,) the colour where there is no image
+    later: Later | None = None  # what the training device does once the sample is in its batch
     outlines: Outlines | None = None  # the n objects' masks; None unless a step of the recipe uses them

@@ -70,6 +70,7 @@ class SeveralIndex(CocoIndex):
             labels=np.concatenate(
                 [to[part.labels[kept]] for to, kept, part in zip(maps, rows, indices, strict=True)]
             ).astype(np.int32),
+            weight=_weights(indices, rows),
             crowd=joined("crowd"),
             area=joined("area"),
             annotation_ids=np.concatenate(annotation_ids),
@@ -193,6 +194,14 @@ def _refuse_variants(held: Mapping[str, list[str]], renaming: Mapping[str, Renam
             f"data.sources: the class {name!r} of {sources[0]!r} and {other!r} of {held[other][0]!r} differ in spelling"
             f" alone: make them one with {change}, or rename one of them to tell them apart"
         )
+
+
+def _weights(parts: Sequence[CocoIndex], rows: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Of the kept objects; a source that gives none has 1."""
+    if all(part.weight is None for part in parts):
+        return None
+    ones = [np.ones(len(part.labels), dtype=np.float32) if part.weight is None else part.weight for part in parts]
+    return np.concatenate([weight[kept] for weight, kept in zip(ones, rows, strict=True)])
 
 
 def _unique(groups: list[np.ndarray]) -> tuple[list[np.ndarray], int | None]:

@@ -18,6 +18,7 @@ from detector.config.node import Node
 from detector.data.index import CocoIndex
 from detector.data.pool import Pool
 from detector.data.sample import Sample
+from detector.pixels import Pixels
 
 
 def ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -66,6 +67,8 @@ class Step(Node):
 
     # Whether it gives the same picture before and after a resize: then the loader does it where there are fewer pixels.
     commutes: ClassVar[bool] = False
+    # Whether the training device can do it to a whole batch; then the step is a `Deferrable`.
+    on_device: ClassVar[bool] = False
 
     when: When | None = Field(None, description="probability, first and last epoch, rise; default: always")
 
@@ -80,6 +83,10 @@ class Step(Node):
             DataError: the step cannot do anything on this data set: says why, and what to use instead.
         """
 
+    def objection(self, pixels: Pixels) -> str | None:
+        """Why the step cannot work on images that hold these, as a sentence of what to do; None: it can."""
+        return None
+
     def weaker(self, strength: float) -> Self | None:
         """The step with its amounts at this share of theirs; None: it has none, so a rise makes it more frequent."""
         return None
@@ -90,6 +97,24 @@ class Augmentation(Step):
 
     @abstractmethod
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample: ...
+
+
+class Deferrable(Augmentation):
+    """A step that mirrors, or maps colours by a matrix: the training device can do it, too."""
+
+    commutes: ClassVar[bool] = True
+    on_device: ClassVar[bool] = True
+
+    def mirrors(self, rng: np.random.Generator) -> tuple[bool, bool]:
+        """Left and right, top and bottom; draws what a call would draw."""
+        return False, False
+
+    def colors(self, rng: np.random.Generator, channels: int) -> np.ndarray | None:
+        """(C, 2 C): a matrix for the pixels and one for the image's mean, whose result is added; None: no change.
+
+        Draws what a call would draw.
+        """
+        return None
 
 
 class Combination(Step):

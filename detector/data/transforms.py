@@ -15,52 +15,54 @@ import os
 import warnings
 from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import cv2
 import numpy as np
 from pydantic import Field, model_validator
 
-from detector.data.batch import PADDING
 from detector.data.copy_paste import CopyPaste, SmallCopyPaste
 from detector.data.erase import Cutout, GridMask
 from detector.data.geometry import clip, follow, keep_visible
 from detector.data.mosaic import Mixup, Mosaic
 from detector.data.outlines import Outlines
 from detector.data.perspective import LargeScaleJitter, RandomPerspective
+from detector.data.resize import like
 from detector.data.sample import Sample
 from detector.data.steps import Augmentation as Augmentation
-from detector.data.steps import Share
-from detector.data.windows import milder
+from detector.data.steps import Deferrable, Share
+from detector.data.windows import canvas, milder
 from detector.errors import ConfigError
+from detector.pixels import Pixels
 
 
-class Flip(Augmentation):
+class Flip(Deferrable):
     """Mirrors left and right, or top and bottom, with these probabilities."""
 
-    commutes: ClassVar[bool] = True
     type: Literal["flip"] = "flip"
     horizontal: Share = 0.5
     vertical: Share = 0.0
 
+    def mirrors(self, rng: np.random.Generator) -> tuple[bool, bool]:
+        return rng.random() < self.horizontal, rng.random() < self.vertical
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        horizontal, vertical = rng.random() < self.horizontal, rng.random() < self.vertical
+        horizontal, vertical = self.mirrors(rng)
         if not (horizontal or vertical):
             return sample
         height, width = sample.image.shape[:2]
-        image = cv2.flip(sample.image, -1 if horizontal and vertical else int(horizontal))
+        image = like(cv2.flip(sample.image, -1 if horizontal and vertical else int(horizontal)), sample.image)
         scale = (-1.0 if horizontal else 1.0, -1.0 if vertical else 1.0)
         return follow(sample, image, scale, (width if horizontal else 0.0, height if vertical else 0.0))
 
 
-class Color(Augmentation):
+class Color(Deferrable):
     """Brightness, contrast, saturation and hue, each drawn evenly from 1 - x to 1 + x (hue: -x to x turns).
 
     The four are one linear map of RGB and cost one pass over the image; hue and saturation turn and stretch the colour
-    plane of YIQ, so grey stays grey.
+    plane of YIQ, so grey stays grey.  Images that are not RGB have no colour: all of their channels are changed alike.
     """
 
-    commutes: ClassVar[bool] = True
     type: Literal["color"] = "color"
     brightness: Share = 0.2
     contrast: Share = 0.2
@@ -68,20 +70,48 @@ class Color(Augmentation):
     hue: float = Field(0.02, ge=0, le=0.5, description="in full turns of the colour circle")
     probability: Share = 0.8
 
+    def objection(self, pixels: Pixels) -> str | None:
+        if pixels.channels == 3 or not (self.saturation or self.hue):
+            return None
+        return (
+            f"color: saturation and hue need RGB, but data.pixels.channels is {pixels.channels}: set saturation: 0 and"
+            " hue: 0"
+        )
+
     def weaker(self, strength: float) -> Self:
         amounts = {name: getattr(self, name) * strength for name in ("brightness", "contrast", "saturation", "hue")}
         return self.model_copy(update=amounts)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        if rng.random() >= self.probability:
+        drawn = self._draw(rng)
+        if drawn is None:
             return sample
-        draw = rng.uniform(-1, 1, size=4)
-        brightness, contrast, saturation = 1 + draw[:3] * (self.brightness, self.contrast, self.saturation)
-        matrix = brightness * contrast * _turn_colors(draw[3] * self.hue, saturation)
+        brightness, contrast, saturation, hue = drawn
+        matrix = brightness * contrast * _turn_colors(hue, saturation)
+        if sample.image.shape[2] != 3:
+            return replace(sample, image=_relit(sample.image, brightness, contrast))
         grey = float(np.dot(_YIQ[0], cv2.mean(sample.image[::4])[:3]))  # every fourth row is enough
         offset = np.full((3, 1), (1 - contrast) * brightness * grey)
         image = cv2.transform(sample.image, np.concatenate([matrix, offset], 1).astype(np.float32))
         return replace(sample, image=image)
+
+    def _draw(self, rng: np.random.Generator) -> tuple[float, float, float, float] | None:
+        """Factors of brightness, contrast and saturation, and turns of the hue; None: nothing is changed."""
+        if rng.random() >= self.probability:
+            return None
+        draw = rng.uniform(-1, 1, size=4)
+        brightness, contrast, saturation = 1 + draw[:3] * (self.brightness, self.contrast, self.saturation)
+        return brightness, contrast, saturation, draw[3] * self.hue
+
+    def colors(self, rng: np.random.Generator, channels: int) -> np.ndarray | None:
+        drawn = self._draw(rng)
+        if drawn is None:
+            return None
+        brightness, contrast, saturation, hue = drawn
+        rgb = channels == 3
+        matrix = brightness * contrast * (_turn_colors(hue, saturation) if rgb else np.eye(channels))
+        grey = _YIQ[0] if rgb else np.full(channels, 1 / channels)
+        return np.concatenate([matrix, np.tile((1 - contrast) * brightness * grey, (channels, 1))], 1)
 
 
 class RandomScaleCrop(Augmentation):
@@ -113,7 +143,7 @@ class RandomScaleCrop(Augmentation):
         new = [max(1, round(length / scale)) for length in old]
         # Where the window's corner lies in the image (negative: the image's corner lies in the window).
         top, left = (int(rng.integers(min(0, o - n), max(0, o - n) + 1)) for o, n in zip(old, new, strict=True))
-        image = _window(sample.image, top, left, new[0], new[1])
+        image = _window(sample, top, left, new[0], new[1])
         return keep_visible(follow(sample, image, (1.0, 1.0), (-left, -top)), self.visible)
 
 
@@ -133,6 +163,23 @@ class FromAlbumentations(Augmentation):
     def _can_be_built(self) -> FromAlbumentations:
         _ = self._pipeline
         return self
+
+    def objection(self, pixels: Pixels) -> str | None:
+        """Tried on a small picture, since albumentations nowhere says which channels a transform takes."""
+        if pixels.channels == 3 and pixels.bits == 8:
+            return None
+        always = _build(self.name, {**self.arguments, "p": 1.0}, self.visible)
+        noise = np.random.default_rng(0)
+        as_usual, shape = noise.integers(0, 256, (64, 64, 3), dtype=np.uint8), (64, 64, pixels.channels)
+        if _failure(always, as_usual) is not None:  # whatever it needs, it is not RGB
+            return None
+        problem = _failure(always, noise.integers(0, 2**pixels.bits, shape, dtype=pixels.dtype))
+        if problem is None:
+            return None
+        return (
+            f"albumentations {self.name}: does not work on images of {pixels.channels} channels of {pixels.bits} bits"
+            f" ({problem}): take the step out"
+        )
 
     @cached_property
     def _pipeline(self) -> Any:
@@ -170,10 +217,11 @@ class FromAlbumentations(Augmentation):
         except Exception as error:  # each transform has its own
             size = targets["image"].shape[:2]
             raise ConfigError(f"augment: albumentations {self.name}: fails on an image of {size}: {error}") from error
-        image = out["image"]
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        image, given = out["image"], targets["image"]
+        if not _same_kind(image, given):
+            expected = "uint8 RGB" if given.dtype == np.uint8 and given.shape[2] == 3 else _kind(given)
             raise ConfigError(
-                f"augment: albumentations {self.name}: gives {image.dtype} of shape {image.shape}, expected uint8 RGB"
+                f"augment: albumentations {self.name}: gives {image.dtype} of shape {image.shape}, expected {expected}"
                 " (the model normalises by itself)"
             )
         out["image"] = np.ascontiguousarray(image)
@@ -211,14 +259,15 @@ def _turn_colors(hue: float, saturation: float) -> np.ndarray:
     return _LUMA + math.cos(angle) * saturation * _PLANE + math.sin(angle) * saturation * _TURN
 
 
-def _window(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """(height, width, 3): the image from `top`, `left` on, ground colour where there is no image."""
-    inside = image[max(top, 0) : top + height, max(left, 0) : left + width]
-    above, before = max(-top, 0), max(-left, 0)
-    below, after = height - above - inside.shape[0], width - before - inside.shape[1]
-    if not (above or before or below or after):
+def _window(sample: Sample, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """(height, width, C): the image from `top`, `left` on, ground colour where there is no image."""
+    inside = sample.image[max(top, 0) : top + height, max(left, 0) : left + width]
+    if inside.shape[:2] == (height, width):
         return inside
-    return cv2.copyMakeBorder(inside, above, below, before, after, cv2.BORDER_CONSTANT, value=PADDING)
+    above, before = max(-top, 0), max(-left, 0)
+    image = canvas((height, width), sample)
+    image[above : above + inside.shape[0], before : before + inside.shape[1]] = inside
+    return image
 
 
 def _build(name: str, arguments: dict[str, Any], visible: float) -> Any:
@@ -251,6 +300,33 @@ def _build(name: str, arguments: dict[str, Any], visible: float) -> Any:
             format="pascal_voc", label_fields=["place"], min_width=1, min_height=1, min_visibility=visible
         )
         return albumentations.Compose([transform], bbox_params=box_parameters)
+
+
+def _same_kind(image: np.ndarray, given: np.ndarray) -> bool:
+    return image.dtype == given.dtype and image.ndim == 3 and image.shape[2] == given.shape[2]
+
+
+def _kind(image: np.ndarray) -> str:
+    return f"{image.dtype} of {image.shape[2]} channels" if image.ndim == 3 else f"{image.dtype} of {image.shape}"
+
+
+def _failure(pipeline: Any, image: np.ndarray) -> str | None:
+    """Why the pipeline does not give an image of the same kind; None: it does."""
+    boxes = {"bboxes": np.array([[8, 8, 40, 40]], dtype=np.float32), "place": np.zeros(1, dtype=np.int64)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # some only warn that they do nothing
+            out = pipeline(image=image, **(boxes if "bboxes" in pipeline.processors else {}))["image"]
+    except Exception as error:  # each transform has its own
+        return _one_line(error)
+    return None if _same_kind(out, image) else f"it gives {_kind(out)}"
+
+
+def _relit(image: np.ndarray, brightness: float, contrast: float) -> np.ndarray:
+    """(H, W, C) of any kind: stretched about its mean, of every fourth row, and made brighter."""
+    ground = (1 - contrast) * brightness * float(image[::4].mean())
+    changed = image * np.float32(contrast * brightness) + np.float32(ground)
+    return np.rint(changed.clip(0, np.iinfo(image.dtype).max)).astype(image.dtype)
 
 
 def _one_line(error: Exception) -> str:

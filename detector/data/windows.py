@@ -13,10 +13,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from detector.data.batch import PADDING
 from detector.data.geometry import follow, joined_weights, keep_visible
 from detector.data.outlines import Outlines
-from detector.data.resize import resample
+from detector.data.resize import like, resample
 from detector.data.sample import Sample
 
 
@@ -78,10 +77,11 @@ def show(sample: Sample, rows: Span, columns: Span, visible: float) -> Sample:
     return keep_visible(moved, visible)
 
 
-def canvas(size: tuple[int, int]) -> np.ndarray:
-    """(height, width, 3) of ground colour."""
-    row = np.tile(np.array(PADDING, dtype=np.uint8), size[1])  # whole rows are copied fast, three bytes at a time not
-    return np.tile(row, size[0]).reshape(*size, 3)
+def canvas(size: tuple[int, int], sample: Sample) -> np.ndarray:
+    """(height, width, C) of the sample's ground colour."""
+    ground = np.array(sample.ground, dtype=sample.image.dtype)
+    row = np.tile(ground, size[1])  # whole rows are copied fast, three bytes at a time not
+    return np.tile(row, size[0]).reshape(*size, len(ground))
 
 
 def join(first: Sample, image: np.ndarray, parts: Sequence[Sample]) -> Sample:
@@ -111,4 +111,4 @@ def added(sample: Sample, more: Sample) -> Sample:
 
 def mirrored(sample: Sample) -> Sample:
     """Left and right exchanged."""
-    return follow(sample, cv2.flip(sample.image, 1), (-1.0, 1.0), (sample.image.shape[1], 0.0))
+    return follow(sample, like(cv2.flip(sample.image, 1), sample.image), (-1.0, 1.0), (sample.image.shape[1], 0.0))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from detector.canvas import visible
 from detector.data.batch import collate
 from detector.data.coco import CocoData
-from detector.data.images import read_image
 from detector.errors import CheckpointError, DataError
 from detector.evaluate.runner import inference
 from detector.evaluate.truth import Truth
@@ -105,7 +105,7 @@ def _picture(data: CocoData, miss: Miss, seeds: int, others: int) -> MissPicture
     row = int(np.flatnonzero(index.annotation_ids == miss.annotation)[0])
     i = index.image_of(row)
     try:
-        image = read_image(index.image_path(i), (int(index.sizes[i][0]), int(index.sizes[i][1])))
+        image = visible(data[i].image)
     except DataError:
         return None
     name = index.classes[int(index.labels[row])]

@@ -56,7 +56,7 @@ def network(config: RunConfig, classes: Sequence[str], checkpoint: Path | None) 
     """
     if checkpoint is None:
         torch.manual_seed(0)
-        return _dense(config.model.build(len(classes), load_weights=False).eval(), config.model.type), False
+        return _dense(config.network(len(classes), load_weights=False).eval(), config.model.type), False
     restored = restore(checkpoint)
     if restored.classes != tuple(classes):
         raise UserError(

@@ -43,7 +43,7 @@ def restore(config: RunConfig, path: Path, classes: tuple[str, ...]) -> Training
     """Network (averaged weights where there are any) and criterion of a checkpoint, in evaluation mode on the CPU."""
     content = load_checkpoint(path)
     check_classes(content, classes, path)
-    model = config.model.build(len(classes), load_weights=False)
+    model = config.network(len(classes), load_weights=False)
     model.load_state_dict(content["ema"] or content["model"])
     criterion = config.criterion.build(config.assigner, len(classes))
     criterion.load_state_dict(content["criterion"])

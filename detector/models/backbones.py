@@ -17,6 +17,7 @@ from detector.config.node import Node
 from detector.errors import CheckpointError, ConfigError
 from detector.models.layers import BackboneNorm, replace_batch_norms
 from detector.models.weights import LoadedWeights, load_weights
+from detector.pixels import RGB, Pixels
 
 log = logging.getLogger(__name__)
 
@@ -53,39 +54,38 @@ class BackboneConfig(Node):
             raise ValueError(f"std {list(self.std)} must be positive")
         return self
 
-    def build(self, *, load_weights: bool = True) -> Backbone:
+    def build(self, *, load_weights: bool = True, pixels: Pixels = RGB) -> Backbone:
         """The network; without `load_weights` it is left random, for a checkpoint that follows.
 
         Raises `ConfigError` for a network or a level that timm does not have, `CheckpointError` where weights cannot be
         had or do not fit.
         """
-        return Backbone(self, load_weights=load_weights)
+        return Backbone(self, load_weights=load_weights, pixels=pixels)
 
 
 class Backbone(nn.Module):
-    """(B, 3, H, W) normalised RGB -> one (B, C, ~H / stride, ~W / stride) map for each configured level.
+    """(B, C, H, W) normalised images -> one (B, C, ~H / stride, ~W / stride) map for each configured level.
 
-    `channels` and `strides` say what the maps are, `mean` and `std` (0..255) what input the weights expect, `loaded`
-    what came from a local file.  Frozen stages take no gradient and stay in evaluation mode.
+    `channels` and `strides` say what the maps are, `mean` and `std` (in the images' own numbers) what input is
+    wanted, `loaded` what came from a local file.  Frozen stages take no gradient and stay in evaluation mode.
     """
 
-    def __init__(self, config: BackboneConfig, *, load_weights: bool = True) -> None:
+    def __init__(self, config: BackboneConfig, *, load_weights: bool = True, pixels: Pixels = RGB) -> None:
         super().__init__()
         pretrained = config.pretrained and load_weights
-        features = _create(config.name, pretrained)
+        features = _create(config.name, pretrained, pixels.channels)
         reductions = list(features.feature_info.reduction())
         self._picks = [_index(config, reductions, level) for level in config.levels]
         frozen = _index(config, reductions, config.freeze_stages) if config.freeze_stages else None
         depth = max(self._picks[-1], frozen or 0) + 1
         if depth < len(reductions):  # deeper stages would be parameters without a gradient
-            features = _create(config.name, pretrained, out_indices=tuple(range(depth)))
-        self.loaded = None
-        if config.weights is not None and load_weights:
-            self.loaded = _load(features, config.name, config.weights)
+            features = _create(config.name, pretrained, pixels.channels, tuple(range(depth)))
+        local = config.weights if load_weights else None
+        self.loaded = None if local is None else _load(features, config.name, local, pixels.channels)
         if config.norm == "frozen_batch" and load_weights and not pretrained and self.loaded is None:
             log.warning("backbone.norm: the frozen batch norms of a random network do nothing; give it weights")
         # Found before the norms change: a frozen batch norm has no parameters to find it by.
-        self._frozen = [] if frozen is None else _freeze(features, frozen)
+        self._frozen = [] if frozen is None else _freeze(features, frozen, pixels.channels)
         if config.norm is not None and replace_batch_norms(features, config.norm) == 0:
             raise ConfigError(f"backbone.norm: {config.name} has no batch norm to become {config.norm!r}; use null")
         for name in self._frozen:
@@ -95,8 +95,8 @@ class Backbone(nn.Module):
         self.strides = tuple(reductions[i] for i in self._picks)
         self._nhwc = str(getattr(features, "output_fmt", "NCHW")).endswith("NHWC")
         expected = timm.get_pretrained_cfg(config.name)
-        self.mean = config.mean or tuple(255 * value for value in expected.mean)
-        self.std = config.std or tuple(255 * value for value in expected.std)
+        mean, std = ([255 * value for value in values] for values in (expected.mean, expected.std))
+        self.mean, self.std = pixels.standard(config.mean or mean, config.std or std)
         self.train()
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -111,13 +111,13 @@ class Backbone(nn.Module):
         return self
 
 
-def _create(name: str, pretrained: bool, out_indices: tuple[int, ...] | None = None) -> Any:
+def _create(name: str, pretrained: bool, channels: int, out_indices: tuple[int, ...] | None = None) -> Any:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         raise ConfigError(
             f"backbone.name: timm has no network {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}"
         )
-    options: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
+    options: dict[str, Any] = {"in_chans": channels} | ({} if out_indices is None else {"out_indices": out_indices})
     is_swin = timm.model_entrypoint(name).__module__ == "timm.models.swin_transformer"
     if is_swin:
         # Any image size, and shifted windows in the last stage too, which timm leaves out for 224 pixels.
@@ -146,24 +146,24 @@ def _index(config: BackboneConfig, reductions: list[int], level: int) -> int:
     return reductions.index(2**level)
 
 
-def _load(features: nn.Module, name: str, path: Path) -> LoadedWeights:
+def _load(features: nn.Module, name: str, path: Path, channels: int) -> LoadedWeights:
     with torch.device("meta"):  # the names alone
         known = set(timm.create_model(name, pretrained=False).state_dict())
-    loaded = load_weights(features, path, name=name, known=known)
+    loaded = load_weights(features, path, name=name, known=known, channels=channels)
     log.info("%s: %s", path, loaded)
     return loaded
 
 
-def _freeze(features: nn.Module, last: int) -> list[str]:
+def _freeze(features: nn.Module, last: int, channels: int) -> list[str]:
     """Stops the gradient of all that map number `last` depends on; returns the names of the modules it fills wholly.
 
     Which parameters those are is asked of autograd, since each family of networks names its stages in its own way.
     """
-    was_training = features.training
+    was_training, parameters = features.training, list(features.parameters())
     features.eval()
-    parameters = list(features.parameters())
     with torch.enable_grad():
-        gradients = torch.autograd.grad(features(torch.zeros(1, 3, 64, 64))[last].sum(), parameters, allow_unused=True)
+        total = features(torch.zeros(1, channels, 64, 64))[last].sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     features.train(was_training)
     frozen = {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     for parameter in parameters:

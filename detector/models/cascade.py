@@ -18,6 +18,7 @@ from detector.models.roi import Align, AnyRoi
 from detector.models.roi_head import BoxHeadConfig
 from detector.models.rpn import RpnConfig
 from detector.models.two_stage import StageRules, TwoStageDetector, assemble
+from detector.pixels import RGB, Pixels
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -75,6 +76,6 @@ class CascadeConfig(Node):
             for stage in self.cascade
         )
 
-    def build(self, num_classes: int, *, load_weights: bool = True) -> TwoStageDetector:
+    def build(self, num_classes: int, *, load_weights: bool = True, pixels: Pixels = RGB) -> TwoStageDetector:
         """The network; `load_weights=False` leaves the backbone random, for a checkpoint that follows."""
-        return assemble(self.backbone, self.neck, self.rpn, self.roi, self.stages, num_classes, load_weights)
+        return assemble(self.backbone, self.neck, self.rpn, self.roi, self.stages, num_classes, load_weights, pixels)

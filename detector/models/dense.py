@@ -15,6 +15,7 @@ from detector.models.backbones import Backbone, BackboneConfig
 from detector.models.dense_head import DenseHeadConfig, GridHead
 from detector.models.fpn import Fpn, FpnConfig
 from detector.models.quality_encoder import QualityEncoder, QualityEncoderConfig
+from detector.pixels import RGB, Pixels
 from detector.structures import Objects, Outputs
 
 
@@ -27,9 +28,9 @@ class DenseConfig(Node):
     head: AnyHead = Field(default_factory=DenseHeadConfig)
     encoder: QualityEncoderConfig | None = Field(None, description="in training, for criterion.type=iqdet")
 
-    def build(self, num_classes: int, *, load_weights: bool = True) -> DenseDetector:
+    def build(self, num_classes: int, *, load_weights: bool = True, pixels: Pixels = RGB) -> DenseDetector:
         """The network; `load_weights=False` leaves the backbone random, for a checkpoint that follows."""
-        backbone = self.backbone.build(load_weights=load_weights)
+        backbone = self.backbone.build(load_weights=load_weights, pixels=pixels)
         neck = self.neck.build(backbone.channels, backbone.strides)
         head = self.head.build(neck.channels, neck.strides, num_classes)
         encoder = None if self.encoder is None else self.encoder.build(neck.channels, neck.strides)
@@ -39,8 +40,7 @@ class DenseConfig(Node):
 class DenseDetector(nn.Module):
     """The network alone: it knows no loss, no assigner and no decoding.
 
-    Input: (B, 3, H, W) RGB in 0..255, uint8 or floating point, any H and W; normalised here, on the device, to the
-    backbone's mean and std.
+    Input: (B, C, H, W) in the images' own numbers (RGB: 0..255), any H and W; normalised here, on the device.
     """
 
     scale: Tensor

@@ -54,7 +54,7 @@ def _pairs(model: Network) -> list[tuple[AnyBatchNorm, nn.Conv2d]]:
     watched = [m for m in model.modules() if isinstance(m, nn.Conv2d | AnyBatchNorm)]
     handles = [module.register_forward_hook(seen) for module in watched]
     with torch.no_grad():
-        model(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=model.scale.device))
+        model(torch.zeros(1, len(model.scale), SIDE, SIDE, dtype=torch.uint8, device=model.scale.device))
     for handle in handles:
         handle.remove()
     return [(norm, conv) for norm, conv in pairs if calls[norm] == 1 and calls[conv] == 1]

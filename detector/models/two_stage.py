@@ -27,6 +27,7 @@ from detector.models.roi import Align, AnyRoi, RoiExtractor
 from detector.models.roi_head import BoxHead, BoxHeadConfig, class_losses, scores_as_logits
 from detector.models.rpn import Proposals, Rpn, RpnConfig
 from detector.models.stages import Stage, TwoStageOutputs
+from detector.pixels import RGB, Pixels
 from detector.structures import Assignment, Objects, Outputs, Priors
 
 
@@ -63,9 +64,9 @@ class TwoStageConfig(Node):
     def stages(self) -> tuple[tuple[BoxHeadConfig, StageRules], ...]:
         return ((self.head, self.rules),)
 
-    def build(self, num_classes: int, *, load_weights: bool = True) -> TwoStageDetector:
+    def build(self, num_classes: int, *, load_weights: bool = True, pixels: Pixels = RGB) -> TwoStageDetector:
         """The network; `load_weights=False` leaves the backbone random, for a checkpoint that follows."""
-        return assemble(self.backbone, self.neck, self.rpn, self.roi, self.stages, num_classes, load_weights)
+        return assemble(self.backbone, self.neck, self.rpn, self.roi, self.stages, num_classes, load_weights, pixels)
 
 
 def assemble(
@@ -76,9 +77,10 @@ def assemble(
     stages: Sequence[tuple[BoxHeadConfig, StageRules]],
     num_classes: int,
     load_weights: bool,
+    pixels: Pixels = RGB,
 ) -> TwoStageDetector:
     """The second stage looks at the backbone's own levels; the neck's extra ones are the RPN's alone."""
-    backbone = backbone_config.build(load_weights=load_weights)
+    backbone = backbone_config.build(load_weights=load_weights, pixels=pixels)
     neck = neck_config.build(backbone.channels, backbone.strides)
     extractor = RoiExtractor(roi, neck.channels, backbone.strides)
     heads = [head.build(extractor.channels, roi.size, num_classes) for head, _ in stages]
@@ -93,7 +95,7 @@ def assemble(
 
 
 class TwoStageDetector(nn.Module):
-    """(B, 3, H, W) RGB in 0..255, any H and W -> with `objects` `TwoStageOutputs`, without `Outputs` of the last stage.
+    """(B, C, H, W), any H and W -> with `objects` `TwoStageOutputs`, without `Outputs` of the last stage.
 
     The plain `Outputs` have each image's proposals as priors; the class logits are those whose sigmoid is the class
     probability, averaged over the stages (Cascade R-CNN); padded proposals have -inf.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from detector.errors import CheckpointError
@@ -32,16 +33,23 @@ class LoadedWeights:
         )
 
 
-def load_weights(features: nn.Module, path: Path, *, name: str, known: set[str]) -> LoadedWeights:
+def load_weights(features: nn.Module, path: Path, *, name: str, known: set[str], channels: int = 3) -> LoadedWeights:
     """Loads a whole network's weights file into its feature extractor.
 
     `known`: every name that the whole network `name` has, classifier included; a file with other names belongs to
-    another network, even if all that we need is there (ResNet-101's file would fit ResNet-50).  Raises
+    another network, even if all that we need is there (ResNet-101's file would fit ResNet-50).  Where the network takes
+    images of other `channels` than RGB, the first convolution's weights for RGB are adapted as timm does it: summed for
+    grey, repeated for more and scaled to the same reach.  Raises
     `CheckpointError` for a missing, damaged or unsafe file, and for one of another architecture.
     """
     state = read_state(path)
     wanted = features.state_dict()
     renamed = {_flattened(key) if key not in wanted else key: key for key in state}
+    if channels != 3:
+        for key, value in wanted.items():
+            given = state[renamed[key]] if key in renamed else value
+            if given.ndim == 4 and given.shape[1] == 3 and value.shape[1] == channels:
+                state[renamed[key]] = adapt_input_conv(channels, given)
     missing = [key for key in wanted if key not in renamed and not key.endswith(COMPUTED)]
     foreign = [key for key in state if key not in known and key not in wanted and not key.endswith(COMPUTED)]
     misfits = [

@@ -10,6 +10,7 @@ import torch
 from detector.config.load import dump
 from detector.config.run import RunConfig
 from detector.data.coco import CocoData
+from detector.data.later import finished
 from detector.data.loader import Loader, train_loader
 from detector.errors import DataError
 from detector.train.checkpoint import load_checkpoint, save_checkpoint
@@ -145,7 +146,7 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
                 # One step.
                 parts = [next(batches) for _ in range(settings.accumulate)]
                 ids = torch.cat([part.ids for part in parts])
-                parts = [part.to(device) for part in parts]
+                parts = [finished(part.to(device)) for part in parts]
                 if rule is not None:
                     set_assigner(state.module, rule.at(state.step, horizon))
                 if state.step == 0:
@@ -195,4 +196,5 @@ def _loader(config: RunConfig, data: CocoData, start: int, stop: int, epochs: fl
         epochs=epochs,
         partner_cache=config.data.partner_cache,
         order=config.data.order,
+        defer=config.data.augment_on == "device",
     )

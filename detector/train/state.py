@@ -63,7 +63,7 @@ class TrainingState:
         settings = config.train
         seed_weights(config.seed)
         with InitialWeights() as drawn:
-            model = config.model.build(len(index.classes), load_weights=load_weights)
+            model = config.network(len(index.classes), load_weights=load_weights)
             criterion = config.criterion.build(config.assigner, len(index.classes))
             module = TrainingModule(model, criterion, settings.precision)
         drawn.again(module.named_parameters(), config.seed)

@@ -102,7 +102,7 @@ def test_two_ranks_see_what_one_sees(data: CocoData) -> None:
 
 def test_kept_partners_are_never_changed(data: CocoData) -> None:
     reader = Reader(data, max_unreadable=0, masks=True, keep=1 << 20)
-    first = {i: reader.read(i, [], partner=True) for i in range(COUNT)}
+    first = {i: reader.read(i, [], keep=True) for i in range(COUNT)}
     assert first[3] is reader.read(3, []), "kept"
     step_source = source(data, *EVERY)
     step_source.reader = reader
@@ -115,12 +115,12 @@ def test_kept_partners_are_never_changed(data: CocoData) -> None:
 def test_what_is_kept_stays_within_its_bytes(data: CocoData) -> None:
     size = data[0].image.nbytes
     reader = Reader(data, max_unreadable=0, masks=False, keep=5 * size)
-    kept = [reader.read(i, [], partner=True) for i in range(COUNT)]
+    kept = [reader.read(i, [], keep=True) for i in range(COUNT)]
     assert reader.read(COUNT - 1, []) is kept[-1]
     assert reader.read(0, []) is not kept[0], "the oldest has given way"
     assert reader._bytes <= 5 * size
     small = Reader(data, max_unreadable=0, masks=False, keep=3 * size)
-    assert small.read(0, [], partner=True) is not small.read(0, []), "an image too large to keep four of is not kept"
+    assert small.read(0, [], keep=True) is not small.read(0, []), "an image too large to keep four of is not kept"
 
 
 def test_partners_are_others_and_hold_what_is_asked_for(data: CocoData) -> None:

@@ -415,3 +415,19 @@ def test_shares_need_several_sources_that_hold_images(root: Path, tmp_path: Path
     images, _ = BySource(shares={"a": 1, "b": 1, "c": 0}).of(index, 0).epoch(0)
     assert len(images) == 11
     assert len(list(Shuffle().of(index, 0).epoch(0)[0])) == 11
+
+
+def test_weights_of_one_source_leave_the_others_at_1(root: Path, tmp_path: Path) -> None:
+    def weigh(document: Any) -> None:
+        for annotation in document["annotations"]:
+            annotation["weight"] = 0.25
+
+    path = edit(root, tmp_path / "weighed.json", "b", weigh)
+    settings = section(root, "ab")
+    settings["sources"]["b"]["train"]["annotations"] = str(path)
+    data = read(settings).open("train")
+    assert several(root, "ab").open("train").index.weight is None
+    for i, source in enumerate(data.index.source):
+        sample = data[i]
+        assert sample.weight is not None
+        assert sample.weight.tolist() == [0.25 if source == 1 else 1.0] * len(sample.boxes)

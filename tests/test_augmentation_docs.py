@@ -15,6 +15,7 @@ from detector.config.plugins import tag_of
 from detector.data.order import AnyOrdering
 from detector.data.steps import When
 from detector.data.transforms import Transform
+from detector.pixels import Pixels
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "augmentation.md").read_text(encoding="utf-8")
@@ -32,8 +33,11 @@ def test_the_schedule_is_described_with_its_defaults() -> None:
 
 
 def test_examples_are_valid() -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    assert len(TypeAdapter(tuple[Transform, ...]).validate_python(yaml.safe_load(example)["augment"])) == 6
+    examples = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    steps = [example["augment"] for example in examples if "augment" in example]
+    assert [len(TypeAdapter(tuple[Transform, ...]).validate_python(given)) for given in steps][:1] == [6]
+    for given in (example["data"]["pixels"] for example in examples if "pixels" in example.get("data", {})):
+        Pixels.model_validate(given)
 
 
 def test_every_picture_is_there_and_made_by_the_command() -> None:

@@ -110,11 +110,15 @@ def test_a_wrong_assigner_is_found_out() -> None:
 
 
 def test_target_of_assignment_is_one_size_and_count() -> None:
-    case = {"rule": "ATSS", "height": 800, "width": 1333, "images": 1, "objects": 1000}
+    case = {"rule": assignment.CASES[0][0], "height": 800, "width": 1333, "images": 1, "objects": 1000}
     numbers = {"speed_up": 11.0, "memory_ratio": 19.0, "same": True}
     assert [target.met for target in assignment._targets(case | numbers)] == [True, False, True]
-    assert assignment._targets(case | numbers | {"objects": 100}) == []
+    other = assignment._targets(case | numbers | {"rule": assignment.PAIR_CASES[0][0], "bytes": 3e9})
+    assert [target.met for target in other] == [True, True]  # a tenth of the memory is enough; speed is for many images
+    assert assignment._targets(case | numbers | {"objects": 10}) == []
     assert assignment._targets(case | numbers | {"same": None}) == []
+    (most,) = assignment._targets(case | {"objects": 5000, "same": None, "bytes": 3e9})
+    assert not most.met
 
 
 @pytest.mark.parametrize("name", list(methods()))

@@ -175,7 +175,10 @@ class Loader:
         for _ in range(2 + len(iterator._workers)):
             try:  # torch watches for workers that die and raises wherever the main process is, until they are ended
                 if not gone:  # what a worker held breaks off a moment before it is gone
-                    connection.wait([worker.sentinel for worker in iterator._workers], timeout=5)
+                    ended = connection.wait([worker.sentinel for worker in iterator._workers], timeout=5)
+                    for worker in iterator._workers:
+                        if worker.sentinel in ended:
+                            worker.join(5)  # its files close a moment before it has an exit code
                 for worker in iterator._workers:
                     if not worker.is_alive() and worker.pid not in gone:
                         how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit code {worker.exitcode}"

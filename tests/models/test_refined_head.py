@@ -41,6 +41,7 @@ from detector.models.refinement import (
 )
 from detector.structures import Objects, Outputs
 from tests.losses.test_two_stage import NeverWaitsButFills
+from tests.models.make import lively, random_maps
 
 STRIDES, SIZES, IMAGE = (8, 16, 32), ((6, 7), (3, 4), (2, 2)), (48, 56)
 PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "published"
@@ -48,23 +49,12 @@ REFINEMENTS = (Boundary(), Star())
 
 
 def maps(batch: int = 2, channels: int = 16) -> list[Tensor]:
-    random = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, channels, *size, generator=random) for size in SIZES]
+    return random_maps(SIZES, batch, channels)
 
 
 def head(num_classes: int = 3, **changes: Any) -> RefinedHead:
     torch.manual_seed(0)
     return RefinedHeadConfig(**({"channels": 16, "convs": 2} | changes)).build(16, STRIDES, num_classes)
-
-
-def lively(built: nn.Module) -> nn.Module:
-    """With outputs that depend visibly on the input."""
-    torch.manual_seed(1)
-    for module in built.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            nn.init.normal_(module.bias, std=0.3) if module.bias is not None else None
-    return built
 
 
 def some(*shape: int, seed: int = 0) -> Tensor:

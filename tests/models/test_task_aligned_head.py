@@ -25,30 +25,19 @@ from detector.models.fold import fold_batch_norm
 from detector.models.priors import Anchors, Points
 from detector.models.task_aligned_head import TaskAlignedHead, TaskAlignedHeadConfig
 from detector.structures import Objects
+from tests.models.make import lively, random_maps
 
 STRIDES, SIZES = (8, 16, 32), ((6, 7), (3, 4), (1, 2))
 ONE = Anchors(scale=8, octave_scales=1, ratios=(1,))
 
 
 def maps(batch: int = 2, channels: int = 16) -> list[Tensor]:
-    random = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, channels, *size, generator=random) for size in SIZES]
+    return random_maps(SIZES, batch, channels)
 
 
 def head(num_classes: int = 3, **changes: Any) -> TaskAlignedHead:
     torch.manual_seed(0)
     return TaskAlignedHeadConfig(**({"channels": 16, "convs": 3} | changes)).build(16, STRIDES, num_classes)
-
-
-def lively(built: TaskAlignedHead) -> TaskAlignedHead:
-    """With outputs that depend visibly on the input."""
-    torch.manual_seed(1)
-    for module in built.modules():
-        if isinstance(module, nn.Conv2d):
-            fan = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=fan**-0.5)
-            nn.init.normal_(module.bias, std=0.3) if module.bias is not None else None
-    return built
 
 
 @pytest.mark.parametrize("priors", [Anchors(), ONE, Points()], ids=["nine", "one", "points"])

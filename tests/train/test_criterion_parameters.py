@@ -12,8 +12,7 @@ import torch
 from detector.config.run import RunConfig
 from detector.train.checkpoint import load_checkpoint
 from detector.train.loop import train
-from tests.train.compare import assert_same_training
-from tests.train.test_loop import stop_after
+from tests.train.test_loop import stop_and_go
 
 Load = Callable[..., RunConfig]
 AUTO = ("criterion={type: auto_assign}", "assigner=null")
@@ -45,14 +44,6 @@ def test_stop_and_go_changes_nothing(
     criterion: tuple[str, ...], config: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, the centre prior and what the optimiser knows of it included."""
-    train(config(*criterion))
-    stopping = config(*criterion, f"run.dir={tmp_path / 'stopped'}")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        assert train(stopping).step == 3
-    halfway = load_checkpoint(tmp_path / "stopped" / "last.pt")
-    assert train(stopping, resume=tmp_path / "stopped").step == 6
-    straight, stopped = (load_checkpoint(tmp_path / name / "last.pt") for name in ("run", "stopped"))
-    assert_same_training(straight, stopped)
+    halfway, stopped = stop_and_go(config, criterion, tmp_path, monkeypatch)
     for name, value in stopped["criterion"].items():
         assert not torch.equal(value, halfway["criterion"][name]), f"{name} did not learn after the resume"

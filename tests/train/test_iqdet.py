@@ -12,10 +12,8 @@ import torch
 from detector.config.load import load_config
 from detector.config.run import RunConfig
 from detector.predict import load
-from detector.train.checkpoint import load_checkpoint
 from detector.train.loop import train
-from tests.train.compare import assert_same_training
-from tests.train.test_loop import stop_after
+from tests.train.test_loop import stop_and_go
 
 Load = Callable[..., RunConfig]
 IQDET = ("criterion={type: iqdet}", "assigner={type: iqdet}", "model.encoder={channels: 16}")
@@ -25,15 +23,7 @@ POINTS = ("model.head.priors={type: points}", "model.head.coder={type: distances
 def test_stop_and_go_changes_nothing(config: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, the points that are drawn and the notes of the probe included."""
     iqdet = (*IQDET, *POINTS, "train.probe={images: 2, every: {steps: 3}}")
-    train(config(*iqdet))
-    stopping = config(*iqdet, f"run.dir={tmp_path / 'stopped'}")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        assert train(stopping).step == 3
-    halfway = load_checkpoint(tmp_path / "stopped" / "last.pt")
-    assert train(stopping, resume=tmp_path / "stopped").step == 6
-    straight, stopped = (load_checkpoint(tmp_path / name / "last.pt") for name in ("run", "stopped"))
-    assert_same_training(straight, stopped)
+    halfway, stopped = stop_and_go(config, iqdet, tmp_path, monkeypatch)
     encoder = [name for name in stopped["model"] if name.startswith("encoder.")]
     assert len(encoder) == 6
     for name in encoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,23 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.Signa
         return whole(self, *args)
 
     monkeypatch.setattr(Stepper, "__call__", step)
+
+
+def stop_and_go(
+    config: Load, settings: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Six steps in one go and again with a stop after three, which must end alike; the latter's checkpoint then and
+    at the end."""
+    train(config(*settings))
+    stopping = config(*settings, f"run.dir={tmp_path / 'stopped'}")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert train(stopping).step == 3
+    halfway = load_checkpoint(tmp_path / "stopped" / "last.pt")
+    assert train(stopping, resume=tmp_path / "stopped").step == 6
+    straight, stopped = (load_checkpoint(tmp_path / name / "last.pt") for name in ("run", "stopped"))
+    assert_same_training(straight, stopped)
+    return halfway, stopped
 
 
 def test_a_run_leaves_what_it_promises(config: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,11 +89,12 @@ def _run(options: argparse.Namespace) -> int:
             console.print(rich(table))
     for note in summary.notes():
         print(f"note: {note}")
-    for name, text in files(summary).items():
+    tables = files(summary)
+    for name, text in tables.items():
         write_whole(out / name, text.encode())
     if options.keep is not None:
         new = keep([s.cell for s in summary.finished], options.keep)
-        kept = {name: files(summary)[name] for name in ("tables.md", "cells.csv")}
+        kept = {name: tables[name] for name in ("tables.md", "cells.csv")}
         for name, text in {**kept, **small_pictures(summary)}.items():
             write_whole(options.keep / name, text.encode())
         print(f"{options.keep}: {new} more cells, and the tables, kept")

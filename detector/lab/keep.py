@@ -7,6 +7,7 @@ of assignments for it.
 from __future__ import annotations
 
 import io
+import lzma
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ from detector.lab.grid import Cell
 PLAIN = ("identity.json", "task.json", ANNOTATIONS)
 ARRAYS = (MATCHES, TREATMENT)
 LAST = "result.json"  # its presence says that a cell is finished
+DAMAGED = (zipfile.BadZipFile, lzma.LZMAError, KeyError, OSError, EOFError)
 DATE = (1980, 1, 1, 0, 0, 0)  # the same cell gives the same bytes
 
 
@@ -36,6 +38,9 @@ def keep(cells: Iterable[Cell], folder: Path) -> int:
     """
     new = 0
     for cell in cells:
+        path = file_of(folder, cell)
+        if _holds(path, cell):
+            continue
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w") as archive:
             for name in (*PLAIN, LAST):
@@ -46,10 +51,8 @@ def keep(cells: Iterable[Cell], folder: Path) -> int:
                         member = io.BytesIO()
                         np.save(member, arrays[key])
                         _add(archive, f"{name}/{key}.npy", member.getvalue())
-        path = file_of(folder, cell)
-        if not path.is_file() or path.read_bytes() != content.getvalue():
-            write_whole(path, content.getvalue())
-            new += 1
+        write_whole(path, content.getvalue())
+        new += 1
     return new
 
 
@@ -67,7 +70,7 @@ def take(cells: Iterable[Cell], folder: Path) -> int:
         try:
             with zipfile.ZipFile(path) as archive:
                 files = {name: archive.read(name) for name in (*PLAIN, *_arrays(archive), LAST)}
-        except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
+        except DAMAGED as error:
             raise DataError(
                 f"{path}: cannot read the kept cell ({error}); restore the file, or delete it to run the cell again"
             ) from None
@@ -85,6 +88,19 @@ def take(cells: Iterable[Cell], folder: Path) -> int:
         write_whole(cell.folder / LAST, files[LAST])
         taken += 1
     return taken
+
+
+def _holds(path: Path, cell: Cell) -> bool:
+    """Whether the file is whole and of this very cell; its arrays, which take long to pack, are of its result."""
+    if not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None and all(
+                archive.read(name) == (cell.folder / name).read_bytes() for name in (*PLAIN, LAST)
+            )
+    except DAMAGED:
+        return False
 
 
 def _arrays(archive: zipfile.ZipFile) -> list[str]:

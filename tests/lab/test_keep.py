@@ -89,8 +89,16 @@ def test_a_setting_newer_than_the_cell(copy: Copy, capsys: pytest.CaptureFixture
 def test_a_damaged_file_is_named(kept: tuple[Place, Path], capsys: pytest.CaptureFixture[str]) -> None:
     here, folder = kept
     broken = folder / "cells" / "data" / "one" / "seed-0.zip"
-    broken.write_bytes(broken.read_bytes()[:500])
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100] + bytes(200) + whole[300:])  # within what is packed
+    assert here.compare("--report-only", "--keep", str(folder)) == 0
+    assert "1 more cells" in capsys.readouterr().out
+    assert broken.read_bytes() == whole
     shutil.rmtree(here.out)
+    broken.write_bytes(whole[:100] + bytes(200) + whole[300:])
+    assert here.compare("--keep", str(folder)) == 2
+    assert str(broken) in capsys.readouterr().err
+    broken.write_bytes(whole[:500])
     assert here.compare("--keep", str(folder)) == 2
     assert str(broken) in capsys.readouterr().err
     with zipfile.ZipFile(broken, "w") as archive:

@@ -39,23 +39,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> CocoData:
 
 
 def source(data: CocoData, step: Step, **other: Any) -> TrainSource:
-    settings = {"resize": Fixed(size=(80, 120)), "seed": 0, "epochs": 10.0, "pad_multiple": 1, "partner_cache": 16}
-    return TrainSource(data, augment=(step, Flip()), **(settings | {"max_unreadable": 0} | other))
+    settings: dict[str, Any] = {"resize": Fixed(size=(80, 120)), "seed": 0, "epochs": 10.0, "pad_multiple": 1}
+    settings |= {"max_unreadable": 0, "partner_cache": 16} | other
+    return TrainSource(data, augment=(step, Flip()), **settings)
 
 
 def test_pasting_behind_the_resize_shows_what_pasting_before_it_shows(data: CocoData) -> None:
     late, early = source(data, CopyPaste()), source(data, Early())
-    apart, same = [], 0
+    apart, same = list[float](), 0
     for epoch in range(8):
         for i in range(COUNT):
             one, other = (s.sample(Key(epoch, i, None), []) for s in (late, early))
             assert one.image.shape == other.image.shape == (80, 120, 3)
             if one.rows.tolist() == other.rows.tolist():
                 same += 1
-                apart.append(np.abs(one.boxes - other.boxes).max(initial=0))
+                apart += np.abs(one.boxes - other.boxes).max(1).tolist()
     assert same > 0.9 * 8 * COUNT, "now and then a rest is a pixel smaller, and dropped"
-    assert np.median(apart) <= 1, "places are whole pixels, here of half the size"
-    assert np.quantile(apart, 0.9) < 3
+    # Places are whole pixels, here of half the size; a sliver that is just hidden or just not moves a side by more.
+    assert np.quantile(apart, 0.95) <= 1
+    assert np.mean(apart) < 0.5
 
 
 def test_before_the_resize_where_it_enlarges(data: CocoData) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from detector.cli.common import run_command
 
-KNOWN = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn")
+TORCHVISION = (
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+    "fcos_resnet50_fpn",
+)
+KNOWN = TORCHVISION
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from detector.convert import convert
+    from detector.convert.torchvision import convert
     from detector.train.checkpoint import save_checkpoint
 
     content, said = convert(options.weights, options.architecture, options.classes, options.norm_eps)

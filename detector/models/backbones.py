@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from detector.config.node import Node
 from detector.errors import CheckpointError, ConfigError
+from detector.models.alter import freeze, stride_first
 from detector.models.layers import BackboneNorm, replace_batch_norms
 from detector.models.weights import LoadedWeights, load_weights
 from detector.pixels import RGB, Pixels
@@ -37,6 +37,10 @@ class BackboneConfig(Node):
         0, ge=0, le=5, description="fixed: all up to the map of stride 2**n (2: stem and stage 1)"
     )
     norm: BackboneNorm | None = Field(None, description="what its batch norms become; null leaves the network as it is")
+    stride_in: Literal["3x3", "1x1"] = Field(
+        "3x3",
+        description="the convolution of a ResNet's bottleneck that halves the map: 1x1 in Caffe's and Detectron's",
+    )
     mean: tuple[Pixel, Pixel, Pixel] | None = Field(None, description="RGB in 0..255; null: what timm's weights expect")
     std: tuple[Pixel, Pixel, Pixel] | None = Field(None, description="RGB in 0..255; null: what timm's weights expect")
 
@@ -82,10 +86,12 @@ class Backbone(nn.Module):
             features = _create(config.name, pretrained, pixels.channels, tuple(range(depth)))
         local = config.weights if load_weights else None
         self.loaded = None if local is None else _load(features, config.name, local, pixels.channels)
+        if config.stride_in == "1x1" and stride_first(features) == 0:
+            raise ConfigError(f"backbone.stride_in: {config.name} has no bottlenecks of a ResNet: leave it at '3x3'")
         if config.norm == "frozen_batch" and load_weights and not pretrained and self.loaded is None:
             log.warning("backbone.norm: the frozen batch norms of a random network do nothing; give it weights")
         # Found before the norms change: a frozen batch norm has no parameters to find it by.
-        self._frozen = [] if frozen is None else _freeze(features, frozen, pixels.channels)
+        self._frozen = [] if frozen is None else freeze(features, frozen, pixels.channels)
         if config.norm is not None and replace_batch_norms(features, config.norm) == 0:
             raise ConfigError(f"backbone.norm: {config.name} has no batch norm to become {config.norm!r}; use null")
         for name in self._frozen:
@@ -152,31 +158,3 @@ def _load(features: nn.Module, name: str, path: Path, channels: int) -> LoadedWe
     loaded = load_weights(features, path, name=name, known=known, channels=channels)
     log.info("%s: %s", path, loaded)
     return loaded
-
-
-def _freeze(features: nn.Module, last: int, channels: int) -> list[str]:
-    """Stops the gradient of all that map number `last` depends on; returns the names of the modules it fills wholly.
-
-    Which parameters those are is asked of autograd, since each family of networks names its stages in its own way.
-    """
-    was_training, parameters = features.training, list(features.parameters())
-    features.eval()
-    with torch.enable_grad():
-        total = features(torch.zeros(1, channels, 64, 64))[last].sum()
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-    features.train(was_training)
-    frozen = {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-    for parameter in parameters:
-        if id(parameter) in frozen:
-            parameter.requires_grad_(False)
-    return list(_filled(features, frozen))
-
-
-def _filled(module: nn.Module, parameters: set[int], prefix: str = "") -> Iterator[str]:
-    """Names of the largest modules below `module` that have no other parameters than these."""
-    for name, child in module.named_children():
-        own = [id(parameter) in parameters for parameter in child.parameters()]
-        if own and all(own):
-            yield prefix + name
-        elif any(own):
-            yield from _filled(child, parameters, f"{prefix}{name}.")

@@ -125,7 +125,8 @@ def checkpoint(
         raise CheckpointError(f"{path}: not the weights of {known.title}: {problem} (named as here)")
     return {
         "model": {
-            k: weights[k].clone() if k in weights else torch.zeros(v.shape, dtype=v.dtype) for k, v in wanted.items()
+            k: weights[k].to(v.dtype, copy=True) if k in weights else torch.zeros(v.shape, dtype=v.dtype)
+            for k, v in wanted.items()
         },
         "ema": None,
         "ema_count": 0,

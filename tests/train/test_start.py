@@ -15,6 +15,7 @@ from torchvision.models import detection
 from detector.config.load import load_config
 from detector.config.run import RunConfig
 from detector.convert import hub
+from detector.convert.common import configuration
 from detector.convert.torchvision import ARCHITECTURES
 from detector.errors import CheckpointError, ConfigError
 from detector.models import Network
@@ -245,6 +246,21 @@ def test_torchvisions_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         start_from(config.weights, network, config, ("cat",))
     with pytest.raises(CheckpointError, match=r"did you mean 'retinanet_resnet50_fpn'"):
         hub.from_torchvision("torchvision://retinanet_resnet50")
+
+
+@pytest.mark.parametrize("recipe", ["faster_rcnn_r50_torchvision", "retinanet_r50_torchvision"])
+def test_recipes_for_fine_tuning_compute_what_the_weights_were_made_with(recipe: str) -> None:
+    config = load_config(Path("finetune") / recipe)
+    assert config.weights is not None
+    known = ARCHITECTURES[config.weights.removeprefix(hub.SCHEME)]
+    theirs, ours = (c.model.model_dump(mode="json") for c in (configuration(known.sections, "x"), config))
+    assert theirs.pop("rules", None) == ours.pop("rules", None)
+    for values in (theirs, ours):
+        for key in ("pretrained", "freeze_stages", "norm"):
+            del values["backbone"][key]
+        for key in ("train", "test"):
+            values.get("rpn", {}).pop(key, None)
+    assert theirs == ours
 
 
 def no_network(*_: object, **__: object) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from detector.config.node import Node
 from detector.errors import CheckpointError, ConfigError
-from detector.models.alter import freeze, stride_first
+from detector.models.freeze import freeze
 from detector.models.layers import BackboneNorm, replace_batch_norms
+from detector.models.strides import stride_first
 from detector.models.weights import LoadedWeights, load_weights
 from detector.pixels import RGB, Pixels
 
@@ -33,6 +34,10 @@ class BackboneConfig(Node):
     pretrained: bool = Field(False, description="start from timm's ImageNet weights (downloaded once)")
     weights: Path | None = Field(None, description="start from this .safetensors or .pth file with timm's names")
     levels: tuple[Level, ...] = Field((3, 4, 5), min_length=1, description="maps of stride 2**level for the neck")
+    output_stride: Literal[8, 16, 32] | None = Field(
+        None,
+        description="no map is coarser: deeper stages are dilated (16 and level 4: DC5), if the network can",
+    )
     freeze_stages: int = Field(
         0, ge=0, le=5, description="fixed: all up to the map of stride 2**n (2: stem and stage 1)"
     )
@@ -77,13 +82,13 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig, *, load_weights: bool = True, pixels: Pixels = RGB) -> None:
         super().__init__()
         pretrained = config.pretrained and load_weights
-        features = _create(config.name, pretrained, pixels.channels)
+        features = _create(config, pretrained, pixels.channels)
         reductions = list(features.feature_info.reduction())
-        self._picks = [_index(config, reductions, level) for level in config.levels]
+        self.picks = [_index(config, reductions, level) for level in config.levels]
         frozen = _index(config, reductions, config.freeze_stages) if config.freeze_stages else None
-        depth = max(self._picks[-1], frozen or 0) + 1
+        depth = max(self.picks[-1], frozen or 0) + 1
         if depth < len(reductions):  # deeper stages would be parameters without a gradient
-            features = _create(config.name, pretrained, pixels.channels, tuple(range(depth)))
+            features = _create(config, pretrained, pixels.channels, tuple(range(depth)))
         local = config.weights if load_weights else None
         self.loaded = None if local is None else _load(features, config.name, local, pixels.channels)
         if config.stride_in == "1x1" and stride_first(features) == 0:
@@ -97,9 +102,9 @@ class Backbone(nn.Module):
         for name in self._frozen:
             features.get_submodule(name).requires_grad_(False)
         self.features = features
-        self.channels = tuple(features.feature_info.channels()[i] for i in self._picks)
-        self.strides = tuple(reductions[i] for i in self._picks)
-        self._nhwc = str(getattr(features, "output_fmt", "NCHW")).endswith("NHWC")
+        self.channels = tuple(features.feature_info.channels()[i] for i in self.picks)
+        self.strides = tuple(reductions[i] for i in self.picks)
+        self.channels_last_output = str(getattr(features, "output_fmt", "NCHW")).endswith("NHWC")
         expected = timm.get_pretrained_cfg(config.name)
         mean, std = ([255 * value for value in values] for values in (expected.mean, expected.std))
         self.mean, self.std = pixels.standard(config.mean or mean, config.std or std)
@@ -107,8 +112,8 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.features(images)
-        picked = [maps[i] for i in self._picks]
-        return [x.permute(0, 3, 1, 2) for x in picked] if self._nhwc else picked
+        picked = [maps[i] for i in self.picks]
+        return [x.permute(0, 3, 1, 2) for x in picked] if self.channels_last_output else picked
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)
@@ -117,19 +122,26 @@ class Backbone(nn.Module):
         return self
 
 
-def _create(name: str, pretrained: bool, channels: int, out_indices: tuple[int, ...] | None = None) -> Any:
+def _create(config: BackboneConfig, pretrained: bool, channels: int, out_indices: tuple[int, ...] | None = None) -> Any:
+    name = config.name
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         raise ConfigError(
             f"backbone.name: timm has no network {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}"
         )
     options: dict[str, Any] = {"in_chans": channels} | ({} if out_indices is None else {"out_indices": out_indices})
+    if config.output_stride is not None:
+        options["output_stride"] = config.output_stride
     is_swin = timm.model_entrypoint(name).__module__ == "timm.models.swin_transformer"
     if is_swin:
         # Any image size, and shifted windows in the last stage too, which timm leaves out for 224 pixels.
         options |= {"strict_img_size": False, "always_partition": True}
     try:
         features = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    except (TypeError, NotImplementedError, AssertionError) as error:
+        if config.output_stride is None:
+            raise
+        raise ConfigError(f"backbone.output_stride: {name} cannot be dilated ({error}); use null") from error
     except Exception as error:  # whatever the hub, its network library or a damaged download raises
         if not pretrained:
             raise
@@ -149,7 +161,7 @@ def _index(config: BackboneConfig, reductions: list[int], level: int) -> int:
         raise ConfigError(
             f"backbone: {config.name} has no map of level {level} (stride {2**level}); it has levels {has}"
         )
-    return reductions.index(2**level)
+    return len(reductions) - 1 - reductions[::-1].index(2**level)
 
 
 def _load(features: nn.Module, name: str, path: Path, channels: int) -> LoadedWeights:

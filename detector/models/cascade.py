@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from detector.assign import MaxIou
 from detector.assign.sample import AnySampler, Random
@@ -17,6 +17,7 @@ from detector.models.fpn import FpnConfig
 from detector.models.roi import Align, AnyRoi
 from detector.models.roi_head import BoxHeadConfig
 from detector.models.rpn import RpnConfig
+from detector.models.single_level import check_levels
 from detector.models.two_stage import StageRules, TwoStageDetector, assemble
 from detector.pixels import RGB, Pixels
 
@@ -41,11 +42,13 @@ PUBLISHED = (
 
 
 class CascadeConfig(Node):
-    """Cascade R-CNN with FPN."""
+    """Cascade R-CNN, with FPN or on one map."""
 
     type: Literal["cascade"] = "cascade"
     backbone: BackboneConfig = Field(default_factory=lambda: BackboneConfig(levels=(2, 3, 4, 5)))
-    neck: FpnConfig = Field(default_factory=lambda: FpnConfig(extra="pool", extra_levels=1))
+    neck: FpnConfig | None = Field(
+        default_factory=lambda: FpnConfig(extra="pool", extra_levels=1), description="null: the backbone's one map"
+    )
     rpn: RpnConfig = Field(default_factory=RpnConfig)
     roi: AnyRoi = Align()
     head: BoxHeadConfig = Field(default_factory=lambda: BoxHeadConfig(class_agnostic=True))
@@ -55,6 +58,11 @@ class CascadeConfig(Node):
     )
     sampler: AnySampler = Random()
     add_objects: bool = Field(True, description="the objects' own boxes are proposals of every stage, in training")
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> CascadeConfig:
+        check_levels(self.backbone, self.neck, self.head)
+        return self
 
     @field_validator("head")
     @classmethod

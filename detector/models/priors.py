@@ -26,9 +26,9 @@ class GridPriors(Node):
     offset: float = Field(0.5, ge=0, le=1, description="where in its cell a centre lies: 0.5 middle, 0 corner")
 
     @property
-    @abstractmethod
     def per_cell(self) -> int:
         """A, how many priors a cell has."""
+        return len(self.shapes(1))
 
     @abstractmethod
     def shapes(self, stride: int) -> tuple[tuple[float, float], ...]:
@@ -56,17 +56,15 @@ class Anchors(GridPriors):
     type: Literal["anchors"] = "anchors"
     scale: Positive = Field(4.0, description="side of the smallest square anchor in strides")
     octave_scales: int = Field(3, ge=1, description="sizes before the next level's: scale * 2 ** (i / octave_scales)")
+    octaves: int = Field(1, ge=1, description="more where a single level has boxes of all sizes: each twice the last")
     ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), min_length=1, description="height / width, at equal area")
     whole_pixels: bool = Field(
         False, description="sizes cut, and then half sides rounded, to whole pixels: what torchvision's weights expect"
     )
 
-    @property
-    def per_cell(self) -> int:
-        return self.octave_scales * len(self.ratios)
-
     def shapes(self, stride: int) -> tuple[tuple[float, float], ...]:
-        sides = [self.scale * stride * 2 ** (i / self.octave_scales) for i in range(self.octave_scales)]
+        steps = self.octave_scales * self.octaves
+        sides = [self.scale * stride * 2 ** (i / self.octave_scales) for i in range(steps)]
         if self.whole_pixels:
             sides = [float(int(side + 1e-6)) for side in sides]
         shapes = tuple((side / ratio**0.5, side * ratio**0.5) for ratio in self.ratios for side in sides)
@@ -80,10 +78,6 @@ class Points(GridPriors):
     scale: Positive = Field(
         8.0, description="side in strides of the square that stands for the point where IoU counts (ATSS, section 3)"
     )
-
-    @property
-    def per_cell(self) -> int:
-        return 1
 
     def shapes(self, stride: int) -> tuple[tuple[float, float], ...]:
         return ((self.scale * stride, self.scale * stride),)

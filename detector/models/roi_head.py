@@ -27,6 +27,11 @@ class BoxHeadConfig(Node):
     ("Group Normalization", ECCV 2018).
     """
 
+    backbone_stage: bool = Field(
+        False,
+        description="first the backbone's next stage, one for each head; what comes out of it is averaged over the bins"
+        " at the end (C4)",
+    )
     convs: int = Field(0, ge=0, description="3 x 3 convolutions before the fully connected layers")
     conv_channels: int = Field(256, ge=1)
     norm: NormKind = Field("none", description="of the convolutions")
@@ -41,13 +46,15 @@ class BoxHeadConfig(Node):
 
     @model_validator(mode="after")
     def _some_layer(self) -> BoxHeadConfig:
-        if self.convs + self.linear == 0:
+        if self.convs + self.linear == 0 and not self.backbone_stage:
             raise ValueError("convs and linear are both 0: the head needs at least one layer")
         return self
 
-    def build(self, in_channels: int, size: tuple[int, int], num_classes: int) -> BoxHead:
-        """For features (M, in_channels, *size)."""
-        return BoxHead(self, in_channels, size, num_classes)
+    def build(
+        self, in_channels: int, size: tuple[int, int], num_classes: int, stage: nn.Module | None = None
+    ) -> BoxHead:
+        """For features (M, in_channels, *size); with a `stage` of the backbone, `in_channels` are what it gives."""
+        return BoxHead(self, in_channels, size, num_classes, stage)
 
 
 class BoxHead(nn.Module):
@@ -56,7 +63,14 @@ class BoxHead(nn.Module):
     Logits are (M, K + 1), background last, or with sigmoid (M, K).
     """
 
-    def __init__(self, config: BoxHeadConfig, in_channels: int, size: tuple[int, int], num_classes: int) -> None:
+    def __init__(
+        self,
+        config: BoxHeadConfig,
+        in_channels: int,
+        size: tuple[int, int],
+        num_classes: int,
+        stage: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.num_classes = config, num_classes
         convs: list[nn.Module] = []
@@ -66,7 +80,8 @@ class BoxHead(nn.Module):
             convs.append(norm2d(config.norm, config.conv_channels))
             convs.append(nn.ReLU(inplace=True))
         self.convs = nn.Sequential(*convs)
-        width = (config.conv_channels if config.convs else in_channels) * size[0] * size[1]
+        width = config.conv_channels if config.convs else in_channels
+        width *= 1 if stage is not None else size[0] * size[1]
         self.linear = nn.ModuleList(
             nn.Linear(config.channels if i else width, config.channels) for i in range(config.linear)
         )
@@ -74,6 +89,7 @@ class BoxHead(nn.Module):
         self.classes = nn.Linear(width, num_classes + (config.classifier == "softmax"))
         self.box = nn.Linear(width, 4 if config.class_agnostic else 4 * num_classes)
         self._initialise()
+        self.stage = stage  # after that: it has its own first values, or weights
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -89,7 +105,8 @@ class BoxHead(nn.Module):
             nn.init.constant_(self.classes.bias, -math.log(1 / self.config.prior_probability - 1))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.convs(features).flatten(1)
+        x = self.convs(features if self.stage is None else self.stage(features))
+        x = x.flatten(1) if self.stage is None else x.mean((2, 3))
         for layer in self.linear:
             x = F.relu(layer(x), inplace=True)
         raw = self.box(x)

@@ -9,12 +9,13 @@ the proposals that its sampler picked, and hands the assignment on inside its ou
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from detector.assign import MaxIou, Rule
@@ -26,6 +27,7 @@ from detector.models.fpn import Fpn, FpnConfig
 from detector.models.roi import Align, AnyRoi, RoiExtractor
 from detector.models.roi_head import BoxHead, BoxHeadConfig, class_losses, scores_as_logits
 from detector.models.rpn import Proposals, Rpn, RpnConfig
+from detector.models.single_level import NoNeck, check_levels, with_next_stage
 from detector.models.stages import Stage, TwoStageOutputs
 from detector.pixels import RGB, Pixels
 from detector.structures import Assignment, Objects, Outputs, Priors
@@ -50,15 +52,22 @@ class StageRules(Node):
 
 
 class TwoStageConfig(Node):
-    """Faster R-CNN (Ren et al. 2015) with FPN (Lin et al., CVPR 2017)."""
+    """Faster R-CNN (Ren et al. 2015), with FPN (Lin et al., CVPR 2017) or on one map."""
 
     type: Literal["two_stage"] = "two_stage"
     backbone: BackboneConfig = Field(default_factory=lambda: BackboneConfig(levels=(2, 3, 4, 5)))
-    neck: FpnConfig = Field(default_factory=lambda: FpnConfig(extra="pool", extra_levels=1))
+    neck: FpnConfig | None = Field(
+        default_factory=lambda: FpnConfig(extra="pool", extra_levels=1), description="null: the backbone's one map"
+    )
     rpn: RpnConfig = Field(default_factory=RpnConfig)
     roi: AnyRoi = Align()
     rules: StageRules = Field(default_factory=StageRules)
     head: BoxHeadConfig = Field(default_factory=BoxHeadConfig)
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> TwoStageConfig:
+        check_levels(self.backbone, self.neck, self.head)
+        return self
 
     @property
     def stages(self) -> tuple[tuple[BoxHeadConfig, StageRules], ...]:
@@ -71,7 +80,7 @@ class TwoStageConfig(Node):
 
 def assemble(
     backbone_config: BackboneConfig,
-    neck_config: FpnConfig,
+    neck_config: FpnConfig | None,
     rpn: RpnConfig,
     roi: AnyRoi,
     stages: Sequence[tuple[BoxHeadConfig, StageRules]],
@@ -80,10 +89,20 @@ def assemble(
     pixels: Pixels = RGB,
 ) -> TwoStageDetector:
     """The second stage looks at the backbone's own levels; the neck's extra ones are the RPN's alone."""
-    backbone = backbone_config.build(load_weights=load_weights, pixels=pixels)
-    neck = neck_config.build(backbone.channels, backbone.strides)
+    first: nn.Module | None = None
+    if stages[0][0].backbone_stage:
+        backbone, first, width = with_next_stage(backbone_config, load_weights, pixels)
+    else:
+        backbone = backbone_config.build(load_weights=load_weights, pixels=pixels)
+    if neck_config is None:
+        neck: Fpn | NoNeck = NoNeck(backbone.channels[0], backbone.strides[0])
+    else:
+        neck = neck_config.build(backbone.channels, backbone.strides)
     extractor = RoiExtractor(roi, neck.channels, backbone.strides)
-    heads = [head.build(extractor.channels, roi.size, num_classes) for head, _ in stages]
+    heads = []
+    for i, (head, _) in enumerate(stages):
+        own = copy.deepcopy(first) if i else first
+        heads.append(head.build(extractor.channels if own is None else width, roi.size, num_classes, own))
     return TwoStageDetector(
         backbone=backbone,
         neck=neck,
@@ -109,7 +128,7 @@ class TwoStageDetector(nn.Module):
         self,
         *,
         backbone: Backbone,
-        neck: Fpn,
+        neck: Fpn | NoNeck,
         rpn: Rpn,
         extractor: RoiExtractor,
         heads: Sequence[BoxHead],

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detector.config.load import from_snapshot
 from detector.config.run import RunConfig
 from detector.convert.hub import SCHEME, from_torchvision
 from detector.errors import CheckpointError
-from detector.models import Network
+from detector.models import Network, TwoStageDetector
 from detector.models.layers import replace_batch_norms
 from detector.train.checkpoint import Checkpoint, load_checkpoint
 
@@ -86,7 +86,7 @@ class _Given:
             raise CheckpointError(f"{source}: its weights do not fit its own configuration ({reason})") from None
         self._freeze = norm == "frozen_batch" and self.config.model.backbone.norm != "frozen_batch"
         if self._freeze:
-            replace_batch_norms(self.network.backbone.features, "frozen_batch")
+            _freeze(self.network)
         self.state = self.network.state_dict()
 
     def expected(self, classes: int) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class _Given:
         with torch.device("meta"):
             network = self.config.network(classes, load_weights=False)
         if self._freeze:
-            replace_batch_norms(network.backbone.features, "frozen_batch")
+            _freeze(network)
         return network.state_dict()
 
     def class_rows(self) -> dict[str, int]:
@@ -114,6 +114,14 @@ class _Given:
             for key in keys
             if before.get(key) != now.get(key)
         ]
+
+
+def _freeze(network: Network) -> None:
+    """Folds the backbone's batch norms, those of a stage that became the box heads' first part (C4) too."""
+    stages = [head.stage for head in network.heads] if isinstance(network, TwoStageDetector) else []
+    for part in (network.backbone.features, *stages):
+        if isinstance(part, nn.Module):
+            replace_batch_norms(part, "frozen_batch")
 
 
 def _check(expected: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:

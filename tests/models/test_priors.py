@@ -86,3 +86,12 @@ def test_the_grids_say_where_every_prior_is(config: GridPriors) -> None:
 def test_a_point_stands_for_a_square() -> None:
     assert Points().shapes(16) == ((128.0, 128.0),)
     assert Points(scale=1).shapes(16) == ((16.0, 16.0),)
+
+
+def test_a_single_level_with_all_sizes() -> None:
+    """Octaves of one level are the sizes of as many levels, each of one octave."""
+    one = Anchors(scale=4, octave_scales=2, octaves=3, ratios=(1,))
+    levels = [Anchors(scale=4, octave_scales=2, ratios=(1,)).shapes(16 * 2**i) for i in range(3)]
+    flat = [side for level in levels for shape in level for side in shape]
+    assert [side for shape in one.shapes(16) for side in shape] == pytest.approx(flat)
+    assert one.per_cell == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from detector.assign import Atss, MaxIou
 from detector.assign.sample import paired
 from detector.boxes import all_pairs_iou
 from detector.decode import DecodeConfig, decode
+from detector.errors import ConfigError
 from detector.losses.two_stage import TwoStageCriterionConfig
+from detector.models.backbones import BackboneConfig
 from detector.models.cascade import CascadeConfig, CascadeStage
 from detector.models.fold import fold_batch_norm
 from detector.models.stages import TwoStageOutputs
@@ -71,6 +74,14 @@ def learn(model: TwoStageDetector, truth: Objects) -> TwoStageOutputs:
 
 
 CASCADE = {"cascade": [{}, {"positive_iou": 0.6, "std": [0.05, 0.05, 0.1, 0.1]}, {"positive_iou": 0.7}]}
+ONE_MAP = {**LIGHT["rpn"], "priors": {"type": "anchors", "scale": 2, "octave_scales": 1, "octaves": 3}}
+C4: dict[str, Any] = {
+    "backbone": {"name": "resnet18", "levels": [4]},
+    "neck": None,
+    "rpn": ONE_MAP,
+    "roi": {"type": "align", "size": [4, 4]},
+    "head": {"backbone_stage": True, "linear": 0, "class_agnostic": True},
+}
 CASES: dict[str, dict[str, Any]] = {
     "agnostic": {},
     "per class": {"head": {"channels": 32}},
@@ -80,6 +91,15 @@ CASES: dict[str, dict[str, Any]] = {
     "precise": {"roi": {"type": "precise", "size": [3, 3]}},
     "ps_align": {"roi": {"type": "ps_align", "bin_channels": 4}},
     "c5 alone": {"backbone": {"name": "resnet18", "levels": [5]}, "neck": {"channels": 16, "extra": "none"}},
+    "c4": C4,
+    "c4, more layers": {
+        **C4,
+        "head": {"backbone_stage": True, "convs": 1, "conv_channels": 16, "norm": "group", "linear": 1},
+    },
+    "c4, cascade": {**C4, **CASCADE},
+    "c4 and two layers": {**C4, "head": {"channels": 32}},
+    "c5": {**C4, "backbone": {"name": "resnet18", "levels": [5]}, "head": {"channels": 32}},
+    "dc5": {**C4, "backbone": {"name": "resnet18", "levels": [4], "output_stride": 16}, "head": {"channels": 32}},
     "ohem": {"rules": {"assigner": RCNN, "sampler": {"type": "ohem", "count": 32}}},
     "iou balanced": {"rules": {"assigner": RCNN, "sampler": {"type": "iou_balanced", "count": 32}}},
     "atss for proposals": {"rules": {"assigner": {"type": "atss"}, "sampler": {"type": "random", "count": 32}}},
@@ -256,6 +276,39 @@ def test_a_cascade_asks_for_more_from_stage_to_stage() -> None:
         before = torch.minimum(stage.outputs.boxes.detach().clamp(min=0), limit)
 
 
+def test_c4_is_the_backbone_cut_in_two(tmp_path: Path) -> None:
+    """Weights of the whole network arrive in both parts, and both together compute what the whole does."""
+    torch.manual_seed(1)
+    whole = BackboneConfig(name="resnet18", levels=(4, 5)).build().eval()
+    torch.save(
+        {**whole.features.state_dict(), "fc.weight": torch.zeros(2, 512), "fc.bias": torch.zeros(2)}, tmp_path / "w.pth"
+    )
+    model = build(**{**C4, **CASCADE, "backbone": {**C4["backbone"], "weights": str(tmp_path / "w.pth")}}).eval()
+    assert model.backbone.strides == (16,)
+    assert not any("layer4" in name for name in model.backbone.state_dict())
+    x = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        (c4,) = model.backbone(x)
+        expected = whole(x)
+        assert torch.equal(c4, expected[0])
+        for head in model.heads:
+            assert torch.equal(head.stage(c4), expected[1])  # type: ignore[operator]
+    first, second = (next(head.stage.parameters()) for head in list(model.heads)[:2])  # type: ignore[union-attr]
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_dc5_keeps_the_stride_of_c4() -> None:
+    plain, dilated = (
+        BackboneConfig(name="resnet18", levels=(level,), output_stride=stride).build().eval()
+        for level, stride in ((5, None), (4, 16))
+    )
+    dilated.load_state_dict(plain.state_dict())
+    assert (plain.strides, dilated.strides, dilated.channels) == ((32,), (16,), (512,))
+    with torch.no_grad():
+        sizes = [tuple(model(torch.rand(1, 3, 64, 96))[0].shape[-2:]) for model in (plain, dilated)]
+    assert sizes == [(2, 3), (4, 6)]
+
+
 def test_compact_keeps_pairs_in_step() -> None:
     prior = torch.tensor([0, 3, 3, 7, 9])
     weight = torch.tensor([0.0, 1.0, 0.5, 1.0, 1.0])
@@ -290,6 +343,23 @@ def test_folded_for_inference() -> None:
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(ValidationError, match="class_agnostic=true"):
         CascadeConfig.model_validate({"head": {"class_agnostic": False}})
+    for changes, said in (
+        ({"neck": None}, r"levels are \[2, 3, 4, 5\]: without a neck"),
+        ({**C4, "neck": {}}, "a neck changes that map"),
+        ({**C4, "backbone": {"levels": [5]}}, "nothing follows level 5"),
+        ({**C4, "backbone": {"levels": [4], "freeze_stages": 5}}, "at most 4"),
+        ({**C4, **CASCADE, "backbone": {"levels": [3, 4]}}, "one map for everything"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            (CascadeConfig if "cascade" in changes else TwoStageConfig).model_validate(changes)
+    for backbone, said in (
+        ({"name": "mobilenetv2_100", "levels": [4]}, "do not follow one another as modules"),
+        ({"name": "swin_tiny_patch4_window7_224", "levels": [4]}, "do not follow one another as modules"),
+        ({"name": "vgg11_bn", "levels": [4]}, "nothing to learn"),
+        ({"name": "vgg11_bn", "levels": [4], "output_stride": 16}, "cannot be dilated"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            TwoStageConfig.model_validate({**C4, "backbone": backbone}).build(3)
     with pytest.raises(ValidationError, match="at least one layer"):
         TwoStageConfig.model_validate({"head": {"convs": 0, "linear": 0}})
     assert CascadeConfig().stages[2][1].assigner == MaxIou(positive_iou=0.7, negative_iou=0.7, low_quality="none")

@@ -54,6 +54,7 @@ def test_the_loss_falls(path: Path, tmp_path: Path) -> None:
             "data.resize={type: short_edge, short: 64, long: 96}",
             "model.backbone.name=resnet18" if "r50" in path.stem else "model.backbone.freeze_stages=0",
             # Without the weights that the recipe starts from, norms must learn.
+            "weights=null",
             "model.backbone.pretrained=false",
             "model.backbone.norm=batch",
             *(["model.neck.channels=32"] if neck is not None else ["model.neck=null", "model.roi.size=[2, 2]"]),

@@ -42,6 +42,12 @@ class RunConfig(Node):
     data: Data
     augment: tuple[Transform, ...] = Field((), description="training only, in this order, before the resize")
     model: Model
+    weights: str | None = Field(
+        None,
+        min_length=1,
+        description="start from this whole detector: a checkpoint (best.pt, or what convert_weights wrote), or"
+        " torchvision://fasterrcnn_resnet50_fpn and the like; replaces model.backbone.pretrained",
+    )
     assigner: Rule | None = Field(Atss(), description="null for criteria that match priors to objects by themselves")
     criterion: AnyCriterion = DenseCriterionConfig()
     train: TrainConfig
@@ -73,6 +79,12 @@ class RunConfig(Node):
             raise ValueError(f"criterion.type {kind!r} needs a rule of label assignment: set assigner")
         if not self.criterion.uses_assigner and self.assigner is not None:
             raise ValueError(f"criterion.type {kind!r} matches priors to objects by itself: set assigner=null")
+        return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> RunConfig:
+        if self.weights is not None and self.model.backbone.weights is not None:
+            raise ValueError("weights and model.backbone.weights are both set: leave one out")
         return self
 
     @model_validator(mode="after")

@@ -122,6 +122,7 @@ class TwoStageDetector(nn.Module):
 
     scale: Tensor
     shift: Tensor
+    average: Literal["probabilities", "logits"] = "probabilities"  # of the stages' classes
 
     def __init__(
         self,
@@ -185,11 +186,12 @@ class TwoStageDetector(nn.Module):
         for i in range(len(self.heads)):
             head = self._head(i)
             logits, raw = self._look(i, maps, boxes)
-            scores.append(head.probabilities(logits))
+            scores.append(head.probabilities(logits) if self.average == "probabilities" else logits.float())
             outputs = Outputs(_priors(boxes), logits, raw, None, head.config.coder)
             if i + 1 < len(self.heads):
                 boxes = clip(outputs.boxes, sizes[:, None]).where(valid[..., None], 0.0)
-        logits = scores_as_logits(torch.stack(scores).mean(0))
+        mean = torch.stack(scores).mean(0)
+        logits = scores_as_logits(mean if self.average == "probabilities" else self._head(-1).probabilities(mean))
         return replace(outputs, class_logits=logits.where(valid[..., None], -torch.inf))
 
     def _learn(self, stage: int, maps: Sequence[Tensor], proposals: Proposals, objects: Objects) -> Stage:

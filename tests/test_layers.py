@@ -29,7 +29,14 @@ LAYERS = (
     ("detector.evaluate", "detector.draw"),
     # RunConfig knows the sections of the trainer, which stand alone; the loop knows RunConfig.
     ("detector.config", "detector.train"),
-    ("detector.predict", "detector.media", "detector.bench", "detector.convert", "detector.pseudo_labels"),
+    (
+        "detector.predict",
+        "detector.media",
+        "detector.bench",
+        "detector.convert",
+        "detector.pseudo_labels",
+        "detector.proposals",
+    ),
     ("detector.lab",),
     ("detector.cli",),
 )

@@ -122,9 +122,8 @@ class Detector:
                 if proposals is None
                 else "this detector makes its own proposals: leave them out"
             )
-        given: Sequence[Any] = [None] * len(several)
-        if proposals is not None:
-            given = proposals if isinstance(images, list) else [proposals]
+        each: Any = proposals if isinstance(images, list) else [proposals]
+        given: list[Any] = [None] * len(several) if proposals is None else list(each)
         if len(given) != len(several):
             raise DataError(f"{len(given)} lists of proposals for {len(several)} images: give one for each")
         boxes = [None if one is None else _as_boxes(one) for one in given]

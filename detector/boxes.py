@@ -19,16 +19,6 @@ from torch import Tensor
 EPS = 1e-6
 
 
-def from_xywh(boxes: Tensor) -> Tensor:
-    """(..., 4) left top width height (COCO's files) -> xyxy."""
-    return torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], dim=-1)
-
-
-def to_xywh(boxes: Tensor) -> Tensor:
-    """(..., 4) xyxy -> left top width height (COCO's files)."""
-    return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1)
-
-
 def from_cxcywh(boxes: Tensor) -> Tensor:
     """(..., 4) centre x, centre y, width, height -> xyxy."""
     center, half = boxes[..., :2], boxes[..., 2:] / 2

@@ -16,10 +16,11 @@ import numpy as np
 
 from detector.data.cache import ImageCache
 from detector.data.channels import read_pixels, stretched
+from detector.data.frames import scaling
 from detector.data.geometry import follow
 from detector.data.images import read_image, read_reduced
 from detector.data.index import CocoIndex as CocoIndex
-from detector.data.outlines import Outlines, scaling
+from detector.data.outlines import Outlines
 from detector.data.proposals import ProposalSet
 from detector.data.sample import Sample
 from detector.errors import DataError

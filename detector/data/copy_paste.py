@@ -7,16 +7,18 @@ are dropped.  Crowd regions stay as they are.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import cv2
 import numpy as np
 from pydantic import Field
 
+from detector.data.frames import Frame, scaling, shift, warp
 from detector.data.geometry import keep_visible
 from detector.data.index import CocoIndex
-from detector.data.outlines import Frame, Outlines, Polygons, Shape, scaling, shift, warp
+from detector.data.outlines import Outlines, Polygons, Shape
 from detector.data.pasting import blend, cover_objects, outline, rasterize
 from detector.data.pool import Pool
 from detector.data.resize import like, resample
@@ -34,6 +36,8 @@ class CopyPaste(Combination):
 
     The publication jitters the image that is pasted into likewise: put `large_scale_jitter` before this step.
     """
+
+    commutes: ClassVar[bool] = True  # what is pasted is brought to the size of the image at once
 
     type: Literal["copy_paste"] = "copy_paste"
     by: Literal["mask", "box"] = Field("mask", description="box: for sets without masks")
@@ -69,27 +73,29 @@ class CopyPaste(Combination):
         bounds = np.array([shape.bounds() for shape in chosen.values()])
         source = Frame.around(np.concatenate([bounds[:, :2].min(0), bounds[:, 2:].max(0)]), other.image)
         scale = draw_scale(JITTER[self.jitter], rng)
-        down, across = (choose(source.size[i], sample.image.shape[i], scale, rng) for i in (0, 1))
+        down, across = (choose(source.size[i], sample.image.shape[i], scale * pool.zoom[i], rng) for i in (0, 1))
         window = Frame(across.at, down.at, across.at + across.size, down.at + down.size)
         part = other.image[source.pixels][down.start : down.start + down.length]
         patch = resample(part[:, across.start : across.start + across.length], window.size)
         # From the other image's pixels to the window's, then to the sample's.
-        matrix = scaling((across.scale, down.scale), (across.offset, down.offset)) @ shift(-source.left, -source.top)
+        factors = [across.scale, down.scale]
+        offsets = [across.offset - source.left * across.scale, down.offset - source.top * down.scale]
         if rng.random() < self.flip:
-            patch, matrix = like(cv2.flip(patch, 1), patch), scaling((-1, 1), (window.size[1], 0)) @ matrix
-        matrix = shift(window.left, window.top) @ matrix
-        places = np.array(list(chosen))
-        maps = np.broadcast_to(matrix, (len(chosen), 3, 3))
+            patch = like(cv2.flip(patch, 1), patch)
+            factors[0], offsets[0] = -factors[0], window.size[1] - offsets[0]
+        offsets = [offsets[0] + window.left, offsets[1] + window.top]
+        boxes = bounds * (factors * 2) + (offsets * 2)
+        if factors[0] < 0:
+            boxes[:, [0, 2]] = boxes[:, [2, 0]]
+        maps = np.broadcast_to(scaling(factors, offsets), (len(chosen), 3, 3))
         outlines = Outlines(tuple(chosen.values()), maps, np.full(len(chosen), self.by == "mask"))
-        boxes = bounds * np.tile(np.diag(matrix)[:2], 2) + np.tile(matrix[:2, 2], 2)
-        boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], 1)
-        pasted = _objects(sample, outlines, boxes, other, places)
-        pasted, cover = rasterize(keep_visible(pasted, self.visible), window)
+        pasted = _objects(sample, outlines, boxes, other, np.array(list(chosen)))
+        pasted, cover = rasterize(pasted, window, self.visible)
         if len(pasted.boxes) == 0:
             return sample
         image = sample.image.copy()
         edge = self.edge if self.edge is not None else 0.0 if self.by == "mask" else 8.0
-        image[window.pixels] = blend(image[window.pixels], patch, cover, edge)
+        image[window.pixels] = blend(image[window.pixels], patch, cover, edge * math.sqrt(math.prod(pool.zoom)))
         below = cover_objects(replace(sample, image=image), cover, window, self.visible)
         return added(below, pasted)
 

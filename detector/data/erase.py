@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from detector.data.outlines import Frame
+from detector.data.frames import Frame
 from detector.data.pasting import cover_objects
 from detector.data.sample import Sample
 from detector.data.steps import Augmentation, Share, ShareRange, ordered

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from detector.data.outlines import Frame, scaling
+from detector.data.frames import Frame, scaling
 from detector.data.sample import Sample
 
 
@@ -40,7 +40,7 @@ def keep_visible(sample: Sample, visible: float, side: float = 1.0) -> Sample:
     """
     boxes, crowd = clip(sample.boxes, sample.image), clip(sample.crowd, sample.image)
     whole = sample.boxes[:, 2:] - sample.boxes[:, :2]
-    kept = _is_left(boxes, whole, visible, side)
+    kept = is_left(boxes, whole, visible, side)
     outlines = sample.outlines
     if outlines is not None:
         frame, rest = Frame.of(sample.image), {}
@@ -48,7 +48,7 @@ def keep_visible(sample: Sample, visible: float, side: float = 1.0) -> Sample:
             rest[i] = outlines.shape(i, frame)
             bounds = rest[i].bounds()
             boxes[i] = np.concatenate([np.maximum(boxes[i, :2], bounds[:2]), np.minimum(boxes[i, 2:], bounds[2:])])
-        kept &= _is_left(boxes, whole, visible, side)
+        kept &= is_left(boxes, whole, visible, side)
         outlines = outlines.changed(rest)
     crowd = crowd[(crowd[:, 2:] - crowd[:, :2] >= side).all(1)]
     return take(replace(sample, boxes=boxes, crowd=crowd, outlines=outlines), kept)
@@ -76,7 +76,7 @@ def weights(sample: Sample) -> np.ndarray:
     return np.ones(len(sample.boxes), dtype=np.float32) if sample.weight is None else sample.weight
 
 
-def _is_left(boxes: np.ndarray, whole: np.ndarray, visible: float, side: float) -> np.ndarray:
+def is_left(boxes: np.ndarray, whole: np.ndarray, visible: float, side: float) -> np.ndarray:
     """(n,) bool: the box has sides of at least `side` and at least the share `visible` of `whole`, (n, 2) sides."""
     left = boxes[:, 2:] - boxes[:, :2]
     return np.asarray((left >= side).all(1) & (left.prod(1) >= visible * whole.prod(1)))

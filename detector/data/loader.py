@@ -278,6 +278,7 @@ class TrainSource(_Source):
         shrinks = height * width < sample.image.shape[0] * sample.image.shape[1]
         if shrinks:
             sample = self.resize(sample, choice)
+            pool = replace(pool, zoom=(height / size[0], width / size[1]))
         for change in changes[len(changes) - around :]:
             sample = _apply(change, sample, rng, pool)
         sample = sample if shrinks else self.resize(sample, choice)

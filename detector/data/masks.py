@@ -131,9 +131,9 @@ def _runs(text: bytes) -> list[int] | None:
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     """Of two (4,) xyxy boxes."""
-    low, high = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
-    shared = float(np.prod((high - low).clip(min=0)))
-    union = float(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2])) - shared
+    (a0, a1, a2, a3), (b0, b1, b2, b3) = a.tolist(), b.tolist()
+    shared = max(min(a2, b2) - max(a0, b0), 0.0) * max(min(a3, b3) - max(a1, b1), 0.0)
+    union = (a2 - a0) * (a3 - a1) + (b2 - b0) * (b3 - b1) - shared
     return shared / union if union > 0 else 0.0
 
 

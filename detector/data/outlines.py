@@ -10,12 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 from pycocotools import mask as rle
 
+from detector.data.frames import SAME, move, shift, warp
+from detector.data.frames import Frame as Frame
 from detector.data.masks import iou, name_point
 from detector.errors import DataError
 
@@ -23,36 +25,6 @@ if TYPE_CHECKING:
     from detector.data.index import CocoIndex
 
 LEAST_AGREEMENT = 0.5  # IoU of a mask's own box and its annotated one; below it, one of them belongs to another object
-
-
-class Frame(NamedTuple):
-    """A rectangle of whole pixels."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @classmethod
-    def of(cls, image: np.ndarray) -> Frame:
-        return cls(0, 0, image.shape[1], image.shape[0])
-
-    @classmethod
-    def around(cls, box: np.ndarray, image: np.ndarray) -> Frame:
-        """The pixels of an image that an xyxy box touches; may be empty."""
-        left, top = max(int(np.floor(box[0])), 0), max(int(np.floor(box[1])), 0)
-        right, bottom = min(int(np.ceil(box[2])), image.shape[1]), min(int(np.ceil(box[3])), image.shape[0])
-        return cls(left, top, max(left, right), max(top, bottom))
-
-    @property
-    def pixels(self) -> tuple[slice, slice]:
-        """Of an image's rows and columns."""
-        return slice(self.top, self.bottom), slice(self.left, self.right)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """height, width"""
-        return self.bottom - self.top, self.right - self.left
 
 
 class Shape(ABC):
@@ -83,7 +55,7 @@ class Shape(ABC):
         return self.extent(SAME)
 
 
-EMPTY, SAME = np.zeros(4), np.eye(3)
+EMPTY = np.zeros(4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,18 +94,22 @@ class Polygons(Shape):
         return Polygons(tuple(rings))
 
     def drawn(self, matrix: np.ndarray, frame: Frame) -> np.ndarray:
+        return _draw(self.runs(matrix, frame), frame)
+
+    def runs(self, matrix: np.ndarray, frame: Frame) -> list[Any]:
+        """Each ring's pixels in the frame, as COCO encodes them."""
         height, width = frame.size
         if not self.rings or height == 0 or width == 0:
-            return np.zeros((height, width), dtype=np.uint8)
+            return []
         corner = np.array([frame.left, frame.top], dtype=np.float64)
-        rings = [(move(ring, matrix) - corner).ravel().tolist() for ring in self.rings]
-        return _draw(rings, height, width)
+        return list(rle.frPyObjects([(move(r, matrix) - corner).ravel().tolist() for r in self.rings], height, width))
 
 
-def _draw(rings: list[list[float]], height: int, width: int) -> np.ndarray:
-    """(height, width) uint8: the union of closed rings x, y, x, y, ..., as COCO draws it."""
-    parts = rle.frPyObjects(rings, height, width)
-    columns = rle.decode(parts[0] if len(parts) == 1 else rle.merge(parts)).T  # as COCO stores them
+def _draw(runs: list[Any], frame: Frame) -> np.ndarray:
+    """(height, width) uint8 of the frame: the union of COCO's run lengths in it."""
+    if not runs:
+        return np.zeros(frame.size, dtype=np.uint8)
+    columns = rle.decode(runs[0] if len(runs) == 1 else rle.merge(runs)).T  # as COCO stores them
     return np.asarray(cv2.transpose(columns))
 
 
@@ -216,10 +192,12 @@ class Stored:
     index: CocoIndex
     row: int
     true: bool  # the file has one
-    _drawn: dict[Frame, np.ndarray] = field(default_factory=dict)  # one of them, a bit a pixel
+    # What was asked for last, for as long as the sample is kept: in which frame, and the answer.
+    _drawn: dict[Frame, np.ndarray] = field(default_factory=dict)  # a bit a pixel
+    _within: dict[Frame, Shape] = field(default_factory=dict)
 
     def drawn(self, frame: Frame) -> np.ndarray:
-        """(height, width) uint8 of the frame, in the file's own pixels; kept as long as its sample is."""
+        """(height, width) uint8 of the frame, in the file's own pixels."""
         packed = self._drawn.get(frame)
         if packed is None:
             pixels = self.shape.raster(frame)
@@ -228,6 +206,15 @@ class Stored:
             return pixels
         height, width = frame.size
         return np.unpackbits(packed, count=height * width).reshape(height, width)
+
+    def within(self, frame: Frame) -> Shape:
+        """What lies in the frame, in the file's own pixels."""
+        shape = self._within.get(frame)
+        if shape is None:
+            shape = self.shape.placed(SAME, frame)
+            self._within.clear()
+            self._within[frame] = shape
+        return shape
 
     @cached_property
     def shape(self) -> Shape:
@@ -253,10 +240,23 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """What a frame shows of a shape behind a (3, 3) map; cut when it is asked for."""
+
+    whole: Shape
+    matrix: np.ndarray
+    frame: Frame
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.whole.placed(self.matrix, self.frame)
+
+
+@dataclass(frozen=True, eq=False)
 class Outlines:
     """The masks of n objects, in the order of their boxes."""
 
-    sources: tuple[Shape | Stored, ...]  # n
+    sources: tuple[Shape | Stored | Part, ...]  # n
     maps: np.ndarray  # (n, 3, 3) float64: from the source's pixels to the present ones
     true: np.ndarray  # (n,) bool: a mask, not the box in its place
 
@@ -301,7 +301,10 @@ class Outlines:
         Raises:
             DataError: the annotation file holds a wrong mask.
         """
-        return self._source(i).placed(self.maps[i], frame)
+        source, matrix = self.sources[i], self.maps[i]
+        if isinstance(source, Stored) and (matrix == SAME).all():
+            return source.within(frame)
+        return self._source(i).placed(matrix, frame)
 
     def drawn(self, i: int, frame: Frame) -> np.ndarray:
         """(height, width) uint8 of the frame: 1 where object i is."""
@@ -310,7 +313,42 @@ class Outlines:
             return source.drawn(frame)
         return self._source(i).drawn(matrix, frame)
 
-    def changed(self, shapes: Mapping[int, Shape]) -> Outlines:
+    def drawn_together(self, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+        """All of them at once.
+
+        Returns:
+            (height, width) uint8 of the frame, 1 where any of them is, and (n, 4) float32 xyxy around the pixels of
+            each within the frame; zeros for one that fills none.
+        """
+        runs, owners, pixels = [], [], []
+        boxes = np.zeros((len(self), 4), dtype=np.float32)
+        for i in range(len(self)):
+            source = self._source(i)
+            if isinstance(source, Polygons):
+                own = source.runs(self.maps[i], frame)
+                runs += own
+                owners += [i] * len(own)
+            else:
+                drawn = Bitmap(self.drawn(i, frame), frame.left, frame.top)
+                boxes[i] = drawn.bounds()
+                pixels.append(drawn.pixels)
+        if runs:
+            found = rle.toBbox(runs)
+            filled = found[:, 2:].all(1)
+            low, owner = found[filled, :2] + (frame.left, frame.top), np.array(owners)[filled]
+            boxes[owner, :2] = np.inf
+            np.minimum.at(boxes[:, :2], owner, low)
+            np.maximum.at(boxes[:, 2:], owner, low + found[filled, 2:])
+        cover = _draw(runs, frame)
+        for other in pixels:
+            np.maximum(cover, other, out=cover)
+        return cover, boxes
+
+    def cut(self, frames: Mapping[int, Frame]) -> Outlines:
+        """Some of them as far as they lie within a frame of their own, which is found out when one is asked for."""
+        return self.changed({i: Part(self._source(i), self.maps[i], frame) for i, frame in frames.items()})
+
+    def changed(self, shapes: Mapping[int, Shape | Part]) -> Outlines:
         """With these masks, in present pixels, in place of those before."""
         if not shapes:
             return self
@@ -321,48 +359,7 @@ class Outlines:
 
     def _source(self, i: int) -> Shape:
         source = self.sources[i]
-        return source.shape if isinstance(source, Stored) else source
-
-
-def scaling(scale: Sequence[float] | np.ndarray, offset: Sequence[float] | np.ndarray) -> np.ndarray:
-    """(3, 3): x_new = x * scale + offset."""
-    return np.array([[scale[0], 0, offset[0]], [0, scale[1], offset[1]], [0, 0, 1]], dtype=np.float64)
-
-
-def shift(x: float, y: float) -> np.ndarray:
-    """(3, 3)"""
-    return scaling((1, 1), (x, y))
-
-
-def move(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """(n, 2) x, y behind a (3, 3) map, which must leave them before the horizon."""
-    if matrix is SAME:
-        return points
-    moved = points @ matrix[:2, :2].T + matrix[:2, 2]
-    if matrix[2, 0] or matrix[2, 1]:
-        moved = moved / (points @ matrix[2, :2] + matrix[2, 2])[:, None]
-    return np.asarray(moved)
-
-
-def warp(
-    image: np.ndarray,
-    matrix: np.ndarray,
-    size: tuple[int, int],
-    ground: int | Sequence[int],
-    interpolation: int = cv2.INTER_LINEAR,
-) -> np.ndarray:
-    """(height, width, ...): the image behind a (3, 3) map given for pixel edges; `ground` where there is none."""
-    if image.ndim == 3 and image.shape[2] > 4:  # ground of more than four channels is more than OpenCV takes
-        grounds = np.broadcast_to(ground, image.shape[2]).tolist()
-        parts = [(np.ascontiguousarray(image[..., i : i + 4]), grounds[i : i + 4]) for i in range(0, len(grounds), 4)]
-        return np.concatenate([warp(part, matrix, size, colour, interpolation) for part, colour in parts], axis=2)
-    centered = shift(-0.5, -0.5) @ matrix @ shift(0.5, 0.5)  # OpenCV counts from the first pixel's centre
-    options: dict[str, Any] = {"flags": interpolation, "borderMode": cv2.BORDER_CONSTANT, "borderValue": ground}
-    if matrix[2, 0] or matrix[2, 1]:
-        out = cv2.warpPerspective(image, centered, size[::-1], **options)
-    else:
-        out = cv2.warpAffine(image, centered[:2], size[::-1], **options)
-    return np.asarray(out if out.ndim == image.ndim else out[..., None])
+        return source if isinstance(source, Shape) else source.shape
 
 
 def _cut(ring: np.ndarray, frame: Frame) -> np.ndarray:

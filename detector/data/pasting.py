@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import cv2
 import numpy as np
 
-from detector.data.geometry import take
-from detector.data.outlines import Bitmap, Frame, Polygons, Shape
+from detector.data.frames import Frame
+from detector.data.geometry import clip, is_left, take
+from detector.data.outlines import Bitmap, Polygons, Shape
 from detector.data.resize import like
 from detector.data.sample import Sample
 
@@ -29,21 +31,24 @@ def blend(below: np.ndarray, above: np.ndarray, cover: np.ndarray, edge: float) 
     return like(cv2.blendLinear(above, below, weight, 1 - weight), above)
 
 
-def rasterize(objects: Sample, window: Frame) -> tuple[Sample, np.ndarray]:
-    """The objects as pixels of a window, and the (h, w) uint8 cover of the window: 1 where any of them is.
+def rasterize(objects: Sample, window: Frame, visible: float) -> tuple[Sample, np.ndarray]:
+    """The objects on the pixels of a window of their image, and the (h, w) uint8 cover of the window: 1 where any is.
 
-    Boxes and masks become those of the pixels; objects that fill none are left out.
+    Boxes become those of the pixels.  Objects that the image's border cuts to less than the share `visible` of their
+    box are left out, and those that fill no pixel or are thinner than one.
     """
-    cover, pixels = np.zeros(window.size, dtype=np.uint8), {}
-    boxes = objects.boxes.copy()
-    for i in range(len(boxes)):
-        own = _overlap(boxes[i], window)
-        pixels[i] = Bitmap(draw(objects, i, own), own.left, own.top)
-        boxes[i] = pixels[i].bounds()
-        part = cover[inside(own, window)]
-        np.maximum(part, pixels[i].pixels, out=part)
-    outlines = None if objects.outlines is None else objects.outlines.changed(pixels)
-    return take(replace(objects, boxes=boxes, outlines=outlines), np.flatnonzero(boxes.any(1))), cover
+    clipped = clip(objects.boxes, objects.image)
+    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    kept = is_left(clipped, sides, visible, 1.0)
+    while True:
+        objects, sides, clipped = take(objects, kept), sides[kept], clipped[kept]
+        assert objects.outlines is not None
+        cover, boxes = objects.outlines.drawn_together(window)
+        cut = (clipped != objects.boxes).any(1)
+        kept = is_left(boxes, np.where(cut[:, None], sides, 0), visible, 1.0)
+        if kept.all():
+            frames = {i: Frame(*boxes[i].astype(int).tolist()) for i in np.flatnonzero(cut).tolist()}
+            return replace(objects, boxes=boxes, outlines=objects.outlines.cut(frames)), cover
 
 
 def cover_objects(sample: Sample, cover: np.ndarray, window: Frame, visible: float, shrink: bool = True) -> Sample:
@@ -56,26 +61,26 @@ def cover_objects(sample: Sample, cover: np.ndarray, window: Frame, visible: flo
     near = (boxes[:, :2] < (window.right, window.bottom)).all(1) & (boxes[:, 2:] > (window.left, window.top)).all(1)
     for i in np.flatnonzero(near).tolist():
         own = Frame.around(boxes[i], sample.image)
-        shared = _overlap(boxes[i], window)
-        hidden = cover[inside(shared, window)]
+        shared = own.shared(window)
+        hidden = cover[shared.within(window)]
         if hidden.size == 0 or cv2.countNonZero(hidden) == 0:
             continue
-        whole = draw(sample, i, own)
-        before = cv2.countNonZero(whole)
+        pixels = draw(sample, i, own)
+        before, extent = cv2.countNonZero(pixels), cv2.boundingRect(pixels)
         if before == 0:  # thinner than a pixel
-            whole[:] = 1
-            before = whole.size
-        left = whole.copy()
-        part = inside(shared, own)
-        left[part] = cv2.subtract(left[part], hidden)  # of zeros and ones, never below zero
-        count = cv2.countNonZero(left)
+            pixels[:] = 1
+            before, extent = pixels.size, (0, 0, pixels.shape[1], pixels.shape[0])
+        part = shared.within(own)
+        pixels[part] = cv2.subtract(pixels[part], hidden)  # of zeros and ones, never below zero
+        count = cv2.countNonZero(pixels)
         if count == before:
             continue
+        thin = False
         if shrink and count:
-            boxes[i] = _shrunk(boxes[i], whole, left, own)
-            rest[i] = Bitmap(left, own.left, own.top)
-        thin = bool((boxes[i, 2:] - boxes[i, :2] < 1).any())
-        kept[i] = count > 0 and count >= visible * before and not (shrink and thin)
+            box = _shrunk(boxes[i].tolist(), extent, cv2.boundingRect(pixels), own)
+            boxes[i], thin = box, box[2] - box[0] < 1 or box[3] - box[1] < 1
+            rest[i] = Bitmap(pixels, own.left, own.top)
+        kept[i] = count > 0 and count >= visible * before and not thin
     outlines = None if sample.outlines is None else sample.outlines.changed(rest)
     return take(replace(sample, boxes=boxes, outlines=outlines), kept)
 
@@ -94,24 +99,17 @@ def draw(sample: Sample, i: int, frame: Frame) -> np.ndarray:
     return sample.outlines.drawn(i, frame)
 
 
-def inside(part: Frame, window: Frame) -> tuple[slice, slice]:
-    """Rows and columns of `window` that `part` takes up."""
-    rows, columns = part.pixels
-    return (
-        slice(rows.start - window.top, rows.stop - window.top),
-        slice(columns.start - window.left, columns.stop - window.left),
-    )
+def _shrunk(box: list[float], before: Sequence[int], after: Sequence[int], own: Frame) -> tuple[float, ...]:
+    """The xyxy box with those sides moved in at which no pixel is left; the others stay, fractions of pixels included.
 
-
-def _overlap(box: np.ndarray, window: Frame) -> Frame:
-    """The pixels of the window that an xyxy box touches."""
-    left, top = max(int(np.floor(box[0])), window.left), max(int(np.floor(box[1])), window.top)
-    right, bottom = min(int(np.ceil(box[2])), window.right), min(int(np.ceil(box[3])), window.bottom)
-    return Frame(left, top, max(left, right), max(top, bottom))
-
-
-def _shrunk(box: np.ndarray, whole: np.ndarray, left: np.ndarray, own: Frame) -> np.ndarray:
-    """The box with those sides moved in at which no pixel is left; the others stay, fractions of pixels included."""
-    before, after = Bitmap(whole, own.left, own.top).bounds(), Bitmap(left, own.left, own.top).bounds()
-    moved = np.where(after == before, box, after)
-    return np.concatenate([np.maximum(moved[:2], box[:2]), np.minimum(moved[2:], box[2:])])
+    Args:
+        before, after: what encloses the pixels, as x, y, width, height in `own`.
+    """
+    moved = list(box)
+    for axis, corner in ((0, own.left), (1, own.top)):
+        low, high = after[axis], after[axis] + after[axis + 2]
+        if low != before[axis]:
+            moved[axis] = max(corner + low, box[axis])
+        if high != before[axis] + before[axis + 2]:
+            moved[axis + 2] = min(corner + high, box[axis + 2])
+    return tuple(moved)

@@ -10,8 +10,9 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field
 
+from detector.data.frames import move, shift, warp
 from detector.data.geometry import clip, follow, keep_visible
-from detector.data.outlines import Outlines, move, shift, warp
+from detector.data.outlines import Outlines
 from detector.data.sample import Sample
 from detector.data.steps import Augmentation, Extent, ScaleRange, Share
 from detector.data.windows import canvas, choose, draw_scale, fitting, milder, show

@@ -19,6 +19,7 @@ class Pool:
     reader: Reader
     own: int
     failures: list[str]  # gets a line for each image that cannot be read
+    zoom: tuple[float, float] = (1.0, 1.0)  # height, width: what the sample was resized by before the step's turn
 
     def draw(self, rng: np.random.Generator, holding: Literal["anything", "objects", "masks"] = "anything") -> Sample:
         """Another image, each with equal chance; the sample's own only where there is no other."""

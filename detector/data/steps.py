@@ -65,7 +65,8 @@ class When(Node):
 class Step(Node):
     """What every step has."""
 
-    # Whether it gives the same picture before and after a resize: then the loader does it where there are fewer pixels.
+    # Whether it gives the same picture before and after a resize: then the loader does it where there are fewer pixels,
+    # and a combination brings its partners to the same size by `Pool.zoom`.
     commutes: ClassVar[bool] = False
     # Whether the training device can do it to a whole batch; then the step is a `Deferrable`.
     on_device: ClassVar[bool] = False

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from detector.data.outlines import Bitmap, Frame, Outlines, Polygons, Shape
+from detector.data.frames import Frame
+from detector.data.outlines import Bitmap, Outlines, Polygons, Shape
 from detector.data.sample import Sample
 from detector.data.steps import Augmentation, Combination, Step
 
@@ -78,6 +79,7 @@ class Hand:
 
     samples: Sequence[Sample]
     dealt: int = 0
+    zoom: tuple[float, float] = (1.0, 1.0)
 
     def draw(self, rng: np.random.Generator, holding: str = "anything") -> Sample:
         rng.integers(10)

@@ -14,8 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from detector.data.batch import PADDING
 from detector.data.copy_paste import CopyPaste, SmallCopyPaste
 from detector.data.erase import Cutout, GridMask
+from detector.data.frames import Frame
 from detector.data.mosaic import Mixup, Mosaic
-from detector.data.outlines import Frame, Polygons
+from detector.data.outlines import Polygons
 from detector.data.perspective import LargeScaleJitter, RandomPerspective
 from detector.data.sample import Sample
 from detector.data.steps import Step

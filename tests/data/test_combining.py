@@ -15,9 +15,9 @@ import torch
 from detector.data.coco import CocoData, CocoIndex, Reader
 from detector.data.copy_paste import CopyPaste, SmallCopyPaste
 from detector.data.erase import Cutout, GridMask
+from detector.data.frames import Frame
 from detector.data.loader import Loader, TrainSource, train_loader
 from detector.data.mosaic import Mixup, Mosaic
-from detector.data.outlines import Frame
 from detector.data.perspective import LargeScaleJitter, RandomPerspective
 from detector.data.pool import Pool
 from detector.data.resize import Fixed, Letterbox

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detector.data.outlines import Bitmap, Frame, Outlines, Polygons, move, scaling, shift, warp
+from detector.data.frames import Frame, move, scaling, shift, warp
+from detector.data.outlines import Bitmap, Outlines, Polygons
 from tests.data.drawn import extent
 
 

@@ -30,7 +30,7 @@ LAYERS = (
     # RunConfig knows the sections of the trainer, which stand alone; the loop knows RunConfig.
     # A run may start from converted weights, so these are of the same layer.
     ("detector.config", "detector.train", "detector.convert"),
-    ("detector.predict", "detector.media", "detector.bench", "detector.pseudo_labels"),
+    ("detector.predict", "detector.media", "detector.bench", "detector.pseudo_labels", "detector.proposals"),
     ("detector.lab",),
     ("detector.cli",),
 )

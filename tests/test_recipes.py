@@ -11,6 +11,7 @@ import pytest
 from detector.assign import Rule
 from detector.config.load import load_config
 from detector.train.loop import train
+from tests.made_proposals import write_proposals
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ASSIGN = CONFIGS / "assign"
@@ -46,11 +47,15 @@ def test_every_rule_has_a_recipe_that_changes_nothing_else() -> None:
 
 @pytest.mark.parametrize("path", recipes())
 def test_the_loss_falls(path: Path, tmp_path: Path) -> None:
-    neck = load_config(path).model.neck
+    whole = load_config(path)
+    neck = whole.model.neck
+    shapes = {"type": "shapes", "root": f"{tmp_path}/data", "size": [64, 96], "train": 2, "val": 1, "test": 1}
+    if whole.data.proposals is not None:
+        shapes["proposals"] = write_proposals(shapes, tmp_path / "proposals")
     config = load_config(
         path,
         [
-            f"data={{type: shapes, root: {tmp_path}/data, size: [64, 96], train: 2, val: 1, test: 1, workers: 0}}",
+            f"data={json.dumps({**shapes, 'workers': 0})}",
             "data.resize={type: short_edge, short: 64, long: 96}",
             "model.backbone.name=resnet18" if "r50" in path.stem else "model.backbone.freeze_stages=0",
             # Without the weights that the recipe starts from, norms must learn.

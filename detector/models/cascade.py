@@ -49,7 +49,7 @@ class CascadeConfig(Node):
     neck: FpnConfig | None = Field(
         default_factory=lambda: FpnConfig(extra="pool", extra_levels=1), description="null: the backbone's one map"
     )
-    rpn: RpnConfig = Field(default_factory=RpnConfig)
+    rpn: RpnConfig | None = Field(default_factory=RpnConfig, description="null: proposals are given, by data.proposals")
     roi: AnyRoi = Align()
     head: BoxHeadConfig = Field(default_factory=lambda: BoxHeadConfig(class_agnostic=True))
     cascade: tuple[CascadeStage, ...] = Field(PUBLISHED, min_length=1, description="in order")

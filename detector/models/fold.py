@@ -53,8 +53,12 @@ def _pairs(model: Network) -> list[tuple[AnyBatchNorm, nn.Conv2d]]:
 
     watched = [m for m in model.modules() if isinstance(m, nn.Conv2d | AnyBatchNorm)]
     handles = [module.register_forward_hook(seen) for module in watched]
+    image = torch.zeros(1, len(model.scale), SIDE, SIDE, dtype=torch.uint8, device=model.scale.device)
     with torch.no_grad():
-        model(torch.zeros(1, len(model.scale), SIDE, SIDE, dtype=torch.uint8, device=model.scale.device))
+        if getattr(model, "rpn", True) is None:
+            model(image, proposals=image.new_tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.float32))
+        else:
+            model(image)
     for handle in handles:
         handle.remove()
     return [(norm, conv) for norm, conv in pairs if calls[norm] == 1 and calls[conv] == 1]

@@ -15,17 +15,17 @@ from tests.made_proposals import write_proposals
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ASSIGN = CONFIGS / "assign"
+QUICK = ("quickstart", "fcos_r50_fpn_1x_coco", "bccd/atss_r18", "bccd/cascade_rcnn_r18", "bccd/faster_rcnn_r18",
+         "bccd/faster_rcnn_c4_r18", "bccd/fast_rcnn_r18")  # fmt: skip
 
 
 def recipes() -> list[object]:
-    """All of them; published methods, and rules beside the base of the comparison, only among the slow tests."""
-    slow = [p for folder in ("assign", "published") for p in (CONFIGS / folder).rglob("*.yaml") if p.stem != "base"]
+    """All of them; each kind of model once in the default suite, the rest among the slow tests."""
     return [
-        pytest.param(
-            p, id=p.relative_to(CONFIGS).with_suffix("").as_posix(), marks=[pytest.mark.slow] if p in slow else []
-        )
+        pytest.param(p, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
         for p in sorted(CONFIGS.rglob("*.yaml"))
         if p.parent.name != "studies"
+        for name in [p.relative_to(CONFIGS).with_suffix("").as_posix()]
     ]
 
 

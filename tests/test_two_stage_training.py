@@ -79,6 +79,16 @@ def test_stop_and_go_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_same_training(load_checkpoint(tmp_path / "run" / "last.pt"), load_checkpoint(folder / "last.pt"))
 
 
+def test_two_deterministic_runs_are_one(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("one", "other")]
+    try:
+        for folder in runs:
+            train(recipe("bccd/faster_rcnn_r18", tmp_path, f"run.dir={folder}", "train.deterministic=true", steps=3))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_training(*(load_checkpoint(folder / "last.pt") for folder in runs))
+
+
 def test_pictures_checkpoint_and_prediction(tmp_path: Path) -> None:
     config = recipe("bccd/cascade_rcnn_r18", tmp_path, "train.pictures=1", "decode.score_threshold=0.001")
     train(config)

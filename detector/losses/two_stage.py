@@ -120,10 +120,9 @@ class TwoStageCriterion(nn.Module):
             images = objects.boxes.new_full((), float(objects.batch_size))
             return Losses({name: value * images for name, value in sums.items()}, images, assignments)
 
-    def _rpn(self, config: RpnLossConfig, outputs: Outputs, objects: Objects) -> tuple[Tensor, Tensor, Assignment]:
-        classification, box = config.classification, config.box
+    def assign_rpn(self, config: RpnLossConfig, outputs: Outputs, objects: Objects) -> Assignment:
+        """Of the anchors, those sampled; `objects` all have label 0."""
         assert self.assigner is not None
-        objects = replace(objects, labels=torch.zeros_like(objects.labels))
         predictions = outputs.detached() if self.assigner.uses_predictions else None
         found = self.assigner(outputs.priors, objects, predictions)
 
@@ -131,7 +130,12 @@ class TwoStageCriterion(nn.Module):
             logits = outputs.class_logits[..., 0].float()
             return F.binary_cross_entropy_with_logits(logits, paired(found).float(), reduction="none")
 
-        found = config.sampler(found, outputs.priors, objects, losses=losses)
+        return config.sampler(found, outputs.priors, objects, losses=losses)
+
+    def _rpn(self, config: RpnLossConfig, outputs: Outputs, objects: Objects) -> tuple[Tensor, Tensor, Assignment]:
+        classification, box = config.classification, config.box
+        objects = replace(objects, labels=torch.zeros_like(objects.labels))
+        found = self.assign_rpn(config, outputs, objects)
         count = _count(found)
         targets = class_targets(found, objects.labels, 1)
         pairs = Pairs.gather(outputs, objects, found)

@@ -219,6 +219,14 @@ class TwoStageDetector(nn.Module):
         return replace(outputs, class_logits=logits.where(valid[..., None], -torch.inf))
 
     def _learn(self, stage: int, maps: Sequence[Tensor], proposals: Proposals, objects: Objects) -> Stage:
+        boxes, found = self.choose(stage, maps, proposals, objects)
+        logits, raw = self._look(stage, maps, boxes)
+        return Stage(Outputs(_priors(boxes), logits, raw, None, self._head(stage).config.coder), found)
+
+    def choose(
+        self, stage: int, maps: Sequence[Tensor], proposals: Proposals, objects: Objects
+    ) -> tuple[Tensor, Assignment]:
+        """(B, S, 4) the boxes that the stage learns from, and what: assigned and sampled by its rules."""
         rules, head = self.rules[stage], self._head(stage)
         boxes, valid = _with_objects(proposals, objects) if rules.add_objects else proposals
         priors = _priors(boxes)
@@ -230,9 +238,7 @@ class TwoStageDetector(nn.Module):
         found = _only(rules.assigner(priors, objects), valid)
         found = rules.sampler(found, priors, objects, stage=stage + 1, losses=losses)
         slots, found = compact(found, min(rules.sampler.count, boxes.shape[1]))
-        boxes = boxes.gather(1, slots[..., None].expand(-1, -1, 4))
-        logits, raw = self._look(stage, maps, boxes)
-        return Stage(Outputs(_priors(boxes), logits, raw, None, head.config.coder), found)
+        return boxes.gather(1, slots[..., None].expand(-1, -1, 4)), found
 
 
 def _given(boxes: Tensor | None) -> Proposals:

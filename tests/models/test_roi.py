@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from typing import Any, get_args
 
 import pytest
@@ -226,6 +228,35 @@ def test_several_levels_at_once(golden: Any) -> None:
     (out * data["out_grad"]).sum().backward()
     for x, s in zip(maps, (4, 8, 16, 32), strict=True):
         assert_close(x.grad, data[f"features_grad_s{s}"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_features_with_and_without_gradient() -> None:
+    extractor = RoiExtractor(Align(canonical_size=32, canonical_level=3), 3, (4, 8))
+    maps = [torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)]
+    boxes = torch.tensor([[[0.0, 0, 60, 60], [3, 3, 9, 12]], [[8, 8, 20, 20], [1, 2, 50, 64]]])
+    with torch.no_grad():
+        found = extractor(maps, boxes)
+    assert torch.equal(found, extractor([x.requires_grad_() for x in maps], boxes))
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_the_form_for_a_deterministic_gpu_is_the_same(aligned: bool) -> None:
+    """What torchvision takes on CUDA under `train.deterministic`: plain tensor operations, run here uncompiled."""
+    plain = inspect.unwrap(sys.modules["torchvision.ops.roi_align"]._roi_align)
+    rois = torch.tensor([[0.0, 3, 4, 50, 61], [1, -9, 10, 20, 90], [1, 5, 5, 5, 5], [0, 30, 2, 33, 60]])
+    weight = torch.randn(4, 3, 7, 7)
+    maps = [torch.randn(2, 3, 16, 16).requires_grad_()]
+    maps.append(maps[0].detach().clone().requires_grad_())
+    kernel = Align(aligned=aligned)(maps[0], rois, 0.25)
+    inside = rois.clone()
+    found = plain(maps[1], inside, 0.25, 7, 7, 2, aligned)
+    assert_close(found[[0, 2, 3]], kernel[[0, 2, 3]], rtol=1e-5, atol=1e-5)
+    keep = torch.tensor([1.0, 0, 1, 1])[:, None, None, None]  # of boxes that leave the image by more than a cell, below
+    (kernel * weight * keep).sum().backward()
+    (found * weight * keep).sum().backward()
+    assert_close(maps[1].grad, maps[0].grad, rtol=1e-4, atol=1e-5)
+    # The kernel reads 0 beyond a cell outside, the other the nearest cell: proposals never leave the image.
+    assert not torch.allclose(found[1], kernel[1])
 
 
 def test_half_precision_keeps_coordinates() -> None:

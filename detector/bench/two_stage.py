@@ -24,7 +24,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from detector.bench.measure import Table, Target, bytes_text, peak_bytes, seconds_text, take_turns, wait
 from detector.bench.networks import NUM_CLASSES, random_images, random_objects
 from detector.config.run import RunConfig
-from detector.convert import ARCHITECTURES, configuration, rename, reorder
+from detector.convert.common import configuration, rename
+from detector.convert.torchvision import ARCHITECTURES, reorder
 from detector.decode import decode
 from detector.losses.two_stage import TwoStageCriterion
 from detector.models.fold import fold_batch_norm
@@ -173,9 +174,9 @@ def build_peer(side: int) -> FasterRCNN:
 def build_ours(peer: nn.Module, device: torch.device) -> tuple[TwoStageDetector, TwoStageCriterion, RunConfig]:
     """With the weights of `peer`."""
     known = ARCHITECTURES[NAME]
-    named = rename(peer.state_dict(), NAME, Path(NAME))
+    named = rename(peer.state_dict(), known, Path(NAME))
     weights = reorder(named, known, range(1, NUM_CLASSES + 1), 1e-5)
-    config = configuration(NAME, NAME)
+    config = configuration(known.sections, NAME)
     section = config.model.model_dump()
     section["backbone"]["freeze_stages"] = 2
     section["rpn"]["train"]["post_nms"] = 1000

@@ -23,7 +23,7 @@ from detector.train.loop import train
 from tests.made_proposals import write_proposals
 from tests.test_two_stage_training import recipe
 
-NAMES = ["fast_rcnn_r18"]
+NAMES = ["fast_rcnn_r18", "r_cnn_r18"]
 
 
 def given(name: str, folder: Path, *more: str, steps: int = 6) -> RunConfig:

@@ -16,7 +16,7 @@ from tests.made_proposals import write_proposals
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ASSIGN = CONFIGS / "assign"
 QUICK = ("quickstart", "fcos_r50_fpn_1x_coco", "bccd/atss_r18", "bccd/cascade_rcnn_r18", "bccd/faster_rcnn_r18",
-         "bccd/faster_rcnn_c4_r18", "bccd/fast_rcnn_r18")  # fmt: skip
+         "bccd/faster_rcnn_c4_r18", "bccd/fast_rcnn_r18", "bccd/r_cnn_r18")  # fmt: skip
 
 
 def recipes() -> list[object]:
@@ -62,7 +62,8 @@ def test_the_loss_falls(path: Path, tmp_path: Path) -> None:
             "weights=null",
             "model.backbone.pretrained=false",
             "model.backbone.norm=batch",
-            *(["model.neck.channels=32"] if neck is not None else ["model.neck=null", "model.roi.size=[2, 2]"]),
+            *(["model.neck.channels=32"] if neck is not None else []),
+            *(["model.roi.size=[2, 2]"] if neck is None and whole.model.type != "r_cnn" else []),
             "model.head.channels=32",
             "train.length={steps: 50}",
             "train.batch_size=2",

@@ -136,7 +136,7 @@ class RunConfig(Node):
         if not wanted:
             raise ValueError(
                 f"data.proposals is set, but model.type {self.model.type!r} makes its own: take it out, or use"
-                " model.type=two_stage with model.rpn=null, criterion.rpn=null and assigner=null"
+                " model.type=r_cnn, or two_stage with model.rpn=null; both with criterion.rpn=null and assigner=null"
             )
         if self.data.type == "several":
             raise ValueError("data.proposals: goes with a single data set, not with data.type 'several'")

@@ -133,7 +133,7 @@ class TwoStageDetector(nn.Module):
         backbone: Backbone,
         neck: Fpn | NoNeck,
         rpn: Rpn | None,
-        extractor: RoiExtractor,
+        extractor: nn.Module,
         heads: Sequence[BoxHead],
         rules: Sequence[StageRules],
     ) -> None:

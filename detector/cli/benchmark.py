@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detector.cli.common import run_command
 
-SUBJECTS = ("train", "infer", "assign", "load", "evaluate", "augment", "share")
+SUBJECTS = ("train", "infer", "assign", "load", "evaluate", "augment", "share", "two_stage")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--quick", action="store_true", help="small inputs and few turns: whether it runs, not how fast"
     )
     parser.add_argument(
-        "--device", default="cpu", help="cpu, cuda, cuda:1 ... of train, infer, assign and share (default: cpu)"
+        "--device",
+        default="cpu",
+        help="cpu, cuda, cuda:1 ... of all that trains or infers, and of assign (default: cpu)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, every turn's time included")
@@ -46,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or else the profiler, which counts memory, writes to stderr
     import torch
 
-    from detector.bench import assignment, augmentation, inference, loading, scoring, step_share, train_step
+    from detector.bench import assignment, augmentation, inference, loading, scoring, step_share, train_step, two_stage
     from detector.bench.document import update
     from detector.bench.measure import machine
     from detector.files import write_whole
@@ -55,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
-    subjects = (train_step, inference, assignment, loading, scoring, augmentation, step_share)
+    subjects = (train_step, inference, assignment, loading, scoring, augmentation, step_share, two_stage)
     runs = dict(zip(SUBJECTS, (t.run for t in subjects), strict=True))
     chosen = [
         name for name in SUBJECTS if name in options.subjects or not options.subjects or "all" in options.subjects

@@ -18,7 +18,8 @@ def test_both_sides_do_the_same() -> None:
         assert_close(ours.scores, theirs["scores"], atol=1e-5, rtol=0)
         assert_close(ours.boxes, theirs["boxes"], atol=1e-3, rtol=0)
         assert torch.equal(ours.labels + 1, theirs["labels"])
-    pair.step(), pair.peer_step()
+    pair.step()
+    pair.peer_step()
     trained = [sum(p.numel() for p in m.parameters() if p.grad is not None) for m in (pair.ours, pair.peer)]
     background_boxes = 4 * 1025  # torchvision has a box for the background, which nothing trains
     assert trained[0] == trained[1] - background_boxes

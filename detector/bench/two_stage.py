@@ -27,7 +27,7 @@ from detector.losses.two_stage import TwoStageCriterion
 from detector.models.backbones import Backbone
 from detector.models.fold import fold_batch_norm
 from detector.models.fpn import Fpn
-from detector.models.layers import replace_batch_norms
+from detector.models.norms import merge_frozen, replace_batch_norms
 from detector.models.roi import RoiExtractor
 from detector.models.roi_head import BoxHead
 from detector.models.rpn import Rpn
@@ -125,7 +125,7 @@ class Pair:
         self.peer = build_peer(depth, FrozenBatchNorm2d).to(device)
         self.peer.load_state_dict(state)
         self.config, self.ours = build_ours(state, depth)
-        self.ours.to(device=device, memory_format=torch.channels_last)
+        self.ours.to(device).to(memory_format=torch.channels_last)
         criterion = self.config.criterion.build(self.config.assigner, NUM_CLASSES)
         assert isinstance(criterion, TwoStageCriterion)
         self.criterion = criterion.to(device)
@@ -218,6 +218,7 @@ def build_ours(state: dict[str, Tensor], depth: int) -> tuple[RunConfig, TwoStag
     named = rename(state, NAME, Path(NAME))
     model.load_state_dict(reorder(named, ARCHITECTURES[NAME], range(1, NUM_CLASSES + 1), EPS), strict=False)
     replace_batch_norms(model.backbone.features, "frozen_batch")
+    merge_frozen(model.backbone.features, 3)
     return config, model
 
 

@@ -110,7 +110,7 @@ def test_a_frozen_batch_norm_is_the_batch_norm_of_evaluation(name: str) -> None:
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
-            frozen = FrozenBatchNorm2d(*(x.float() for x in affine_of(module)), activation_of(module)).train()
+            frozen = FrozenBatchNorm2d(*affine_of(module), activation_of(module)).float().train()
             x = torch.randn(2, module.num_features, 5, 4)
             torch.testing.assert_close(frozen(x), module.eval()(x), atol=1e-5, rtol=1e-5)
     assert not list(frozen.parameters())

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
+from torchvision.ops.roi_align import _roi_align as torchvision_roi_align
 
 from detector.models.roi import Align, AnyRoi, Pool, Precise, PsAlign, PsPool, RoiExtractor, RoiOperator
 
@@ -226,6 +227,54 @@ def test_several_levels_at_once(golden: Any) -> None:
     (out * data["out_grad"]).sum().backward()
     for x, s in zip(maps, (4, 8, 16, 32), strict=True):
         assert_close(x.grad, data[f"features_grad_s{s}"], rtol=1e-4, atol=1e-5)
+
+
+def scattered(count: int, side: float) -> Tensor:
+    """(2, count, 4) boxes of all sizes, some of them outside of the image or without area."""
+    corner, size = torch.rand(2, count, 2) * 1.4 * side - 0.2 * side, torch.rand(2, count, 2).square() * side
+    size[:, 0] = 0
+    return torch.cat([corner, corner + size], -1)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_gathered_rows_equal_the_kernel(aligned: bool, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All levels at once, values and gradients; a box that is no number gives 0."""
+    torch.manual_seed(samples)
+    strides, boxes = (4, 8, 16), scattered(40, 100)
+    operator = Align(size=(3, 5), sampling_ratio=samples, aligned=aligned, canonical_size=32, canonical_level=3)
+    extractor = RoiExtractor(operator, 8, strides)
+    maps = [torch.randn(2, 8, 104 // s, 96 // s, requires_grad=True) for s in strides]
+    found = extractor(maps, boxes)
+    weights = torch.randn(found.shape)
+    gradients = torch.autograd.grad((found * weights).sum(), maps)
+    empty = extractor(maps, boxes.new_full((2, 1, 4), torch.nan))
+    assert torch.equal(empty, torch.zeros_like(empty))
+    monkeypatch.setattr("detector.models.roi.gathers", lambda x: False)
+    expected = extractor(maps, boxes)
+    assert expected.is_contiguous()
+    assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert_close(gradients, torch.autograd.grad((expected * weights).sum(), maps), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("samples", [0, 2])
+def test_the_deterministic_way_equals_the_kernel(aligned: bool, samples: int) -> None:
+    """What torchvision computes instead of the kernel on a GPU under deterministic algorithms: plain operations.
+
+    Of boxes with an area inside of the image: they do not leave out samples beyond the map.  Not compiled here.
+    """
+    torch.manual_seed(1)
+    x, corner = torch.randn(2, 3, 26, 24, requires_grad=True), torch.rand(2, 20, 2) * 60
+    boxes = torch.cat([corner, corner + 1 + torch.rand(2, 20, 2) * 30], -1)
+    rois = torch.cat([torch.arange(2.0).repeat_interleave(20)[:, None], boxes.flatten(0, 1)], 1)
+    kernel = Align(size=(3, 5), sampling_ratio=samples, aligned=aligned)(x, rois, 0.25)
+    plain = torchvision_roi_align.__wrapped__(x, rois, 0.25, 3, 5, samples, aligned)
+    assert_close(plain, kernel, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(kernel.shape)
+    gradients, expected = (torch.autograd.grad((found * weights).sum(), x)[0] for found in (plain, kernel))
+    assert expected.abs().max() > 0.1
+    assert_close(gradients, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_half_precision_keeps_coordinates() -> None:

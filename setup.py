@@ -62,6 +62,7 @@ setup(
     entry_points={
         "console_scripts": [
             "detector-train=detector.cli.train:main",
+            "detector-make-proposals=detector.cli.make_proposals:main",
             "detector-eval=detector.cli.eval:main",
             "detector-predict=detector.cli.predict:main",
             "detector-analyze-data=detector.cli.analyze_data:main",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from detector.errors import CheckpointError, DataError
 from detector.evaluate.runner import to_original
 from detector.models.fold import fold_batch_norm
 from detector.models.layers import DTYPES, Precision
+from detector.models.two_stage import TwoStageDetector
 from detector.pixels import RGB, Pixels
 from detector.structures import Detections
 from detector.train.checkpoint import load_checkpoint
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 # A path, an array (H, W, C) as the images of the training set (uint8 RGB unless that says otherwise), a Pillow image.
 AnyImage = str | PathLike[str] | np.ndarray | Image.Image
+AnyBoxes = np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -88,33 +90,58 @@ class Detector:
         self._scale, self._shift = folded.scale.clone().to(device), folded.shift.clone().to(device)
         if self._normalize:
             folded.scale.fill_(1), folded.shift.zero_()
+        self._takes_proposals = isinstance(model, TwoStageDetector) and model.rpn is None
         self._model: nn.Module = folded.to(device=device, dtype=DTYPES[precision])
 
     @overload
-    def __call__(self, images: AnyImage) -> Found: ...
+    def __call__(self, images: AnyImage, proposals: AnyBoxes | None = None) -> Found: ...
 
     @overload
-    def __call__(self, images: list[AnyImage] | list[np.ndarray]) -> list[Found]: ...
+    def __call__(
+        self, images: list[AnyImage] | list[np.ndarray], proposals: Sequence[AnyBoxes] | None = None
+    ) -> list[Found]: ...
 
-    def __call__(self, images: AnyImage | list[AnyImage] | list[np.ndarray]) -> Found | list[Found]:
+    def __call__(
+        self,
+        images: AnyImage | list[AnyImage] | list[np.ndarray],
+        proposals: AnyBoxes | Sequence[AnyBoxes] | None = None,
+    ) -> Found | list[Found]:
         """One image, or a list of them, which is one batch.
 
+        `proposals`: (n, 4) xyxy in pixels of the image, of a list one for each; for detectors that have no RPN.
+
         Raises:
-            DataError: an image cannot be read, or holds other channels or bits than the training set.
+            DataError: an image cannot be read, or holds other channels or bits than the training set; or proposals are
+                no such boxes, missing where they are needed, or given where they would not be looked at.
         """
-        if isinstance(images, list):
-            return self._detect([as_array(image, self.pixels) for image in images]) if images else []
-        return self._detect([as_array(images, self.pixels)])[0]
+        several = images if isinstance(images, list) else [images]
+        if (proposals is None) == self._takes_proposals and several:
+            raise DataError(
+                "this detector has no RPN: give proposals, detector(image, proposals), or evaluate it with"
+                " data.proposals"
+                if proposals is None
+                else "this detector makes its own proposals: leave them out"
+            )
+        each: Any = proposals if isinstance(images, list) else [proposals]
+        given: list[Any] = [None] * len(several) if proposals is None else list(each)
+        if len(given) != len(several):
+            raise DataError(f"{len(given)} lists of proposals for {len(several)} images: give one for each")
+        boxes = [None if one is None else _as_boxes(one) for one in given]
+        found = self._detect([as_array(image, self.pixels) for image in several], boxes) if several else []
+        return found if isinstance(images, list) else found[0]
 
     @torch.inference_mode()
-    def _detect(self, images: list[np.ndarray]) -> list[Found]:
+    def _detect(self, images: list[np.ndarray], proposals: list[np.ndarray | None]) -> list[Found]:
         ground = self.pixels.ground
-        samples = [self._resize(_sample(stretched(image, self.pixels), ground)) for image in images]
+        samples = [
+            self._resize(replace(_sample(stretched(image, self.pixels), ground), proposals=boxes))
+            for image, boxes in zip(images, proposals, strict=True)
+        ]
         batch = collate(samples, pad_multiple=self._pad_multiple, canvas=self._resize.canvas()).to(self.device)
         pixels = batch.images
         if self._normalize:
             pixels = torch.addcmul(self._shift, pixels.float(), self._scale).to(DTYPES[self.precision])
-        outputs = self._model(pixels, sizes=batch.sizes)
+        outputs = self._model(pixels, **batch.known)
         outputs = replace(outputs, box_raw=outputs.box_raw.float())  # coordinates need more digits than half has
         found = to_original(decode(outputs, batch.sizes, self.decode_config), batch)
         return [self._named(detections.cpu()) for detections in found]
@@ -227,6 +254,16 @@ def as_array(image: AnyImage, pixels: Pixels = RGB) -> np.ndarray:
         upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB" if pixels.channels == 3 else "L"))
         return upright if pixels.channels == 3 else upright[..., None]
     return read_pixels(Path(image), pixels)
+
+
+def _as_boxes(boxes: AnyBoxes) -> np.ndarray:
+    """(n, 4) float32."""
+    array = np.asarray(boxes, dtype=np.float32)
+    if array.size == 0:
+        return np.zeros((0, 4), dtype=np.float32)
+    if array.ndim != 2 or array.shape[1] != 4 or not np.isfinite(array).all():
+        raise DataError(f"proposals of shape {array.shape}: expected (n, 4) finite numbers, x1 y1 x2 y2 in pixels")
+    return array
 
 
 def _sample(image: np.ndarray, ground: tuple[int, ...]) -> Sample:

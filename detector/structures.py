@@ -99,6 +99,7 @@ class Objects:
     batch_size: int  # B
     sizes: Tensor | None = None  # (B, 2) float32 true height, width of each image without the batch's padding
     weight: Tensor | None = None  # (N,) float32 how much each counts in the losses, 0 or more; None means 1
+    proposals: Tensor | None = None  # (B, M, 4) float32 xyxy of a file, by falling score; no area: padding
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -140,6 +141,7 @@ class Objects:
             batch_size=1,
             sizes=None if self.sizes is None else self.sizes[i : i + 1],
             weight=None if self.weight is None else self.weight[mine],
+            proposals=None if self.proposals is None else self.proposals[i : i + 1],
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Objects:
@@ -280,6 +282,12 @@ class Batch:
         """(B, 2) float32 true height, width within the padded batch."""
         assert self.objects.sizes is not None
         return self.objects.sizes
+
+    @property
+    def known(self) -> dict[str, Tensor]:
+        """What a network may know in detection: `sizes`, and `proposals` where they are given."""
+        proposals = self.objects.proposals
+        return {"sizes": self.sizes} if proposals is None else {"sizes": self.sizes, "proposals": proposals}
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,6 +1,6 @@
 """Every rule on every kind of head: one small network trains for 20 steps, then meets the batches that break codes.
 
-    python -m pytest tests/test_matrix.py --matrix docs/matrix.md
+    python -m pytest tests/test_matrix.py -m "slow or not slow" --matrix docs/matrix.md
 
 writes the page as well.  Rules come from the union, so a new one is in the matrix by being a rule.
 """
@@ -44,7 +44,7 @@ FALL = 0.9  # the loss of the last three steps is at most this share of that of 
 ENDS = 3
 OF_OBJECTS = ("box", "rpn_box", "positive")  # terms that only objects bring
 NONE = "—"
-COMMAND = "python -m pytest tests/test_matrix.py --matrix docs/matrix.md"
+COMMAND = 'python -m pytest tests/test_matrix.py -m "slow or not slow" --matrix docs/matrix.md'
 PAGE = """# Every rule on every head
 
 Written by the test run itself, which fails where a rule or a head is missing here:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detector.bench import assignment, inference, loading, scoring, step_share, train_step
+from detector.bench import assignment, inference, loading, scoring, step_share, train_step, two_stage
 from detector.bench.document import update
 from detector.bench.measure import Table, Target, Times, peak_bytes, take_turns
 from detector.bench.networks import NUM_CLASSES, PRECISIONS, methods, random_images, random_objects
@@ -158,6 +158,29 @@ def test_all_sides_of_inference_run(precision: Precision) -> None:
     times, found = inference.compare(methods("resnet18", 32)["RetinaNet"], CPU, side=64, turns=1, precision=precision)
     assert set(times.seconds) == {"ours", "network", "peer"}
     assert min(found) > 0
+
+
+def test_faster_rcnn_and_torchvisions_are_asked_the_same() -> None:
+    """From the same weights: the same boxes; and the parts of a step are all there."""
+    pair = two_stage.Pair(CPU, 96)
+    pair.mode(training=False)
+    for ours, theirs in zip(pair.find(), pair.peer_find(), strict=True):
+        assert len(ours) > 0
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    pair.mode(training=True)
+    parts = two_stage.split(pair, "train", 1)
+    assert set(two_stage.CHOOSING) < set(parts["ours"])
+    assert {"backbone", "RoI features", "box head", "losses", "backward"} < set(parts["ours"])
+    trained = {n for n, p in pair.model.named_parameters() if p.grad is not None}
+    assert len(trained) == sum(p.grad is not None for p in pair.peer.parameters())
+
+
+def test_a_clock_leaves_out_what_others_count() -> None:
+    clock = two_stage.Clock(CPU)
+    ticks = iter([0.0, 1.0, 4.0, 10.0])
+    clock.now = lambda: next(ticks)
+    clock.timed("outer", clock.timed("inner", lambda: None))()
+    assert clock.seconds == {"outer": 7.0, "inner": 3.0}
 
 
 def test_evaluation_gives_the_numbers_of_pycocotools() -> None:

@@ -16,8 +16,9 @@ from torchvision.models import detection
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detector.boxes import all_pairs_iou
-from detector.cli.convert_weights import KNOWN, main
-from detector.convert import ARCHITECTURES, configuration, convert, rename, reorder
+from detector.cli.convert_weights import main
+from detector.convert.common import coco_classes, configuration, rename
+from detector.convert.torchvision import ARCHITECTURES, convert, reorder
 from detector.decode import decode
 from detector.errors import CheckpointError
 from detector.models.dense_head import DenseHead
@@ -53,7 +54,7 @@ def golden_state(shared: Path, filler: Any, name: str) -> tuple[dict[str, Tensor
     return state, about["kwargs"]
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_torchvisions_detections(golden: Any, shared: Path, filler: Any, name: str) -> None:
     """Boxes to 1e-3 pixels, scores to 1e-5, with torchvision's own resizing and padding.
 
@@ -65,13 +66,13 @@ def test_torchvisions_detections(golden: Any, shared: Path, filler: Any, name: s
     given, expected = file.scenario("in"), file.scenario("eval")
     state, _ = golden_state(shared, filler, name)
     known = ARCHITECTURES[name]
-    config = configuration(name, name)
+    config = configuration(known.sections, name)
     keep = range(1, 21) if known.softmax else range(21)
     if known.softmax:  # fewer proposals there
         numbers = {"pre_nms": 300, "post_nms": 100}
         rpn = type(config.model.rpn).model_validate({**config.model.rpn.model_dump(), "test": numbers})
         config = config.model_copy(update={"model": config.model.model_copy(update={"rpn": rpn})})
-    weights = reorder(rename(state, name, Path("golden")), known, keep, 1e-5)
+    weights = reorder(rename(state, known, Path("golden")), known, keep, 1e-5)
     model = config.model.build(len(keep), load_weights=False).eval()
     loaded = model.load_state_dict(weights, strict=False)
     assert not loaded.unexpected_keys
@@ -114,7 +115,7 @@ def test_torchvisions_detections(golden: Any, shared: Path, filler: Any, name: s
         assert_close(scores, theirs["scores"][real], atol=1e-5, rtol=0)
         assert torch.equal(labels, theirs["labels"][real].long())
         assert_close(boxes, theirs["boxes"][real], atol=1e-3, rtol=0)
-    assert degenerate == {"retinanet_resnet50_fpn": 4}.get(name, 0)
+    assert degenerate == {"retinanet_resnet50_fpn": 4, "retinanet_resnet50_fpn_v2": 1}.get(name, 0)
 
 
 def _with_shapes(head: DenseHead, nominal: tuple[int, ...]) -> Any:
@@ -129,7 +130,7 @@ def _with_shapes(head: DenseHead, nominal: tuple[int, ...]) -> Any:
     return head.config.model_copy(update={"priors": Told.model_construct(**dict(priors))})
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_file_becomes_a_checkpoint(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = peer_state(name, 4, 0)
     torch.save(state, tmp_path / "weights.pth")
@@ -150,12 +151,10 @@ def test_a_file_becomes_a_checkpoint(name: str, tmp_path: Path, capsys: pytest.C
 
 def test_cocos_80_of_91() -> None:
     path = Path("weights.pth")
-    state = rename(peer_state("retinanet_resnet50_fpn", 91, 0), "retinanet_resnet50_fpn", path)
-    from detector.convert import _classes
-
-    keep, names = _classes(91, None, path)
-    assert (len(names), names[0], names[-1], keep[-1]) == (80, "person", "toothbrush", 90)
     known = ARCHITECTURES["retinanet_resnet50_fpn"]
+    state = rename(peer_state("retinanet_resnet50_fpn", 91, 0), known, path)
+    classes, keep = coco_classes(), coco_classes().ids
+    assert (len(classes.names), classes.names[0], classes.names[-1], keep[-1]) == (80, "person", "toothbrush", 90)
     bias = state["head.classes.bias"] = torch.arange(9.0 * 91)
     kept = reorder(state, known, keep, 1e-5)["head.classes.bias"].view(9, 80)
     assert torch.equal(kept, bias.view(9, 91)[:, keep])
@@ -165,6 +164,7 @@ def test_norms_without_epsilon() -> None:
     """COCO_V1 of Faster R-CNN and RetinaNet was made without one: variances shrink by ours."""
     known = ARCHITECTURES["retinanet_resnet50_fpn"]
     named = {"backbone.features.bn1.running_var": torch.tensor([0.5, 2e-5])}
+    assert (known.coco_eps, ARCHITECTURES["fasterrcnn_resnet50_fpn_v2"].coco_eps) == (0.0, 1e-5)
     found = reorder(named, known, [], 0.0)["backbone.features.bn1.running_var"]
     assert_close(found + 1e-5, named["backbone.features.bn1.running_var"])
 
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 
 def test_whole_pixel_anchors_are_torchvisions(golden: Any) -> None:
     boxes = torch.tensor([[-11.0, -23, 11, 23], [-16, -16, 16, 16], [-23, -11, 23, 11]])
-    priors = configuration("fasterrcnn_resnet50_fpn", "x").model.rpn.priors
+    priors = configuration(ARCHITECTURES["fasterrcnn_resnet50_fpn"].sections, "x").model.rpn.priors
     sides = [(w, h) for w, h in priors.shapes(4)]
     expected = [(float(b[2] - b[0]), float(b[3] - b[1])) for b in boxes]
     assert sorted(sides) == sorted(expected)

@@ -28,8 +28,9 @@ LAYERS = (
     ("detector.losses", "detector.decode"),
     ("detector.evaluate", "detector.draw"),
     # RunConfig knows the sections of the trainer, which stand alone; the loop knows RunConfig.
-    ("detector.config", "detector.train"),
-    ("detector.predict", "detector.media", "detector.bench", "detector.convert", "detector.pseudo_labels"),
+    # A run may start from converted weights, so these are of the same layer.
+    ("detector.config", "detector.train", "detector.convert"),
+    ("detector.predict", "detector.media", "detector.bench", "detector.pseudo_labels", "detector.proposals"),
     ("detector.lab",),
     ("detector.cli",),
 )

@@ -11,20 +11,21 @@ import pytest
 from detector.assign import Rule
 from detector.config.load import load_config
 from detector.train.loop import train
+from tests.made_proposals import write_proposals
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ASSIGN = CONFIGS / "assign"
+QUICK = ("quickstart", "fcos_r50_fpn_1x_coco", "bccd/atss_r18", "bccd/cascade_rcnn_r18", "bccd/faster_rcnn_r18",
+         "bccd/faster_rcnn_c4_r18", "bccd/fast_rcnn_r18")  # fmt: skip
 
 
 def recipes() -> list[object]:
-    """All of them; published methods, and rules beside the base of the comparison, only among the slow tests."""
-    slow = [p for folder in ("assign", "published") for p in (CONFIGS / folder).rglob("*.yaml") if p.stem != "base"]
+    """All of them; each kind of model once in the default suite, the rest among the slow tests."""
     return [
-        pytest.param(
-            p, id=p.relative_to(CONFIGS).with_suffix("").as_posix(), marks=[pytest.mark.slow] if p in slow else []
-        )
+        pytest.param(p, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
         for p in sorted(CONFIGS.rglob("*.yaml"))
         if p.parent.name != "studies"
+        for name in [p.relative_to(CONFIGS).with_suffix("").as_posix()]
     ]
 
 
@@ -46,14 +47,19 @@ def test_every_rule_has_a_recipe_that_changes_nothing_else() -> None:
 
 @pytest.mark.parametrize("path", recipes())
 def test_the_loss_falls(path: Path, tmp_path: Path) -> None:
-    neck = load_config(path).model.neck
+    whole = load_config(path)
+    neck = whole.model.neck
+    shapes = {"type": "shapes", "root": f"{tmp_path}/data", "size": [64, 96], "train": 2, "val": 1, "test": 1}
+    if whole.data.proposals is not None:
+        shapes["proposals"] = write_proposals(shapes, tmp_path / "proposals")
     config = load_config(
         path,
         [
-            f"data={{type: shapes, root: {tmp_path}/data, size: [64, 96], train: 2, val: 1, test: 1, workers: 0}}",
+            f"data={json.dumps({**shapes, 'workers': 0})}",
             "data.resize={type: short_edge, short: 64, long: 96}",
             "model.backbone.name=resnet18" if "r50" in path.stem else "model.backbone.freeze_stages=0",
             # Without the weights that the recipe starts from, norms must learn.
+            "weights=null",
             "model.backbone.pretrained=false",
             "model.backbone.norm=batch",
             *(["model.neck.channels=32"] if neck is not None else ["model.neck=null", "model.roi.size=[2, 2]"]),

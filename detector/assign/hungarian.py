@@ -1,25 +1,32 @@
 """One prior for each object by least total cost (DETR: Carion et al., ECCV 2020; focal cost: Zhu et al., ICLR 2021).
 
-Legend: R priors of one image, n objects of one image or a part of them, C priors looked at.
+Legend: B images, R priors of one image, N objects of the batch, n of a part of them, T tiles, M priors of a tile, P
+pairs, K classes.
 """
 
 from __future__ import annotations
 
-from copy import copy
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from detector.assign.base import Assigner, chunks
+from detector.assign.tiles import SLACK, Bounds, layout
 from detector.boxes import EPS as LEAST_AREA
 from detector.boxes import area, to_cxcywh
 from detector.structures import Assignment, Objects, Predictions, Priors
 
 EPS = 1e-12  # added to a probability whose logarithm is taken
-SCRATCH = 3  # numbers of a pair at once are so many times what other rules have; smaller parts stay in the cache
+SIDE = 4  # cells of a tile
+FEW, MORE = 4, 4  # priors of each object that are tried first, and the factor by which more are where those fall short
+LEAD = 8  # tiles of each object that are looked at first
+GRAIN = 2.0**30  # parts of a unit of cost that count: whole numbers, so that the solver does not round
 
 
 class Hungarian(Assigner):
@@ -29,11 +36,14 @@ class Hungarian(Assigner):
            + l1_cost * |difference of cx cy w h|, as shares of the image's width and height
            - giou_cost * GIoU
 
-    Solved exactly by `scipy.optimize.linear_sum_assignment` on the host, image by image: the only rule that waits for
-    the device.  A matching of least cost needs no more than the n cheapest priors of each object, since one of them is
-    always left by the others; the costs of all priors are looked at in parts, and only those of these priors are kept.
-    The size of an image is `objects.sizes`, or where
-    that is not given the extent of the priors' grid (of their boxes, where there is none).
+    Exact, by a sparse solver on the host: the only rule that waits for the device.  It is given each object's cheapest
+    priors, all whose cost is up to a limit, and in place of all others one of the object's own that costs the least
+    above the limit.  That can only make the total less; so where no object takes its own, the matching is the best of
+    all.  Objects that do are given more priors.  A tile of neighbours whose logits and boxes cannot make any of its
+    priors cheap enough is not looked at.
+
+    The size of an image is `objects.sizes`, or where that is not given the extent of the priors' grid (of their boxes,
+    where there is none).
 
     Ties: of equally cheap matchings the one that the solver finds; the same input gives the same answer.
     """
@@ -48,91 +58,205 @@ class Hungarian(Assigner):
     alpha: float = Field(default=0.25, gt=0, lt=1)  # of the focal loss
     gamma: float = Field(default=2.0, ge=0)
 
-    def assign_image(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
+    def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None
-        costs, wanted = _Costs(self, priors, objects, predictions), min(len(objects), len(priors))
-        cheap = torch.zeros(len(priors), dtype=torch.bool, device=priors.boxes.device)
-        for part in chunks(len(objects), SCRATCH * len(priors)):
-            cheap[costs.of(part).topk(wanted, 1, largest=False, sorted=False).indices.flatten()] = True
-        among = cheap.nonzero().squeeze(1)
-        rows, columns = linear_sum_assignment(costs.only(among).all().cpu().numpy())
-        columns = among.cpu().numpy()[columns]
-        device = priors.boxes.device
-        ones = torch.ones(len(rows), device=device)
+        device, total = priors.boxes.device, len(objects)
+        search = _Search(_Costs(self, priors, objects, predictions), priors, objects, predictions)
+        pairs, few, rows = _Pairs.none(total), FEW, torch.arange(total, device=device)
+        while len(rows):
+            pairs = pairs.replaced(rows.cpu().numpy(), search.cheapest(rows, few))
+            column = pairs.matched()
+            rows = torch.from_numpy(((column < 0) & np.isfinite(pairs.limit)).nonzero()[0]).to(device)
+            few *= MORE
+        owner = (column >= 0).nonzero()[0]
+        ones = torch.ones(len(owner), device=device)
         return Assignment(
             num_priors=len(priors),
-            prior=torch.from_numpy(columns).to(device),
-            object=torch.from_numpy(rows).to(device),
+            prior=torch.from_numpy(column[owner]).to(device),
+            object=torch.from_numpy(owner).to(device),
             quality=ones,
             weight=ones,
-            ignored=torch.zeros(1, len(priors), dtype=torch.bool, device=device),
+            ignored=torch.zeros(objects.batch_size, len(priors), dtype=torch.bool, device=device),
         )
 
     def cost(self, priors: Priors, objects: Objects, predictions: Predictions) -> Tensor:
         """(n, R) float32, of one image."""
-        return _Costs(self, priors, objects, predictions).all()
+        row = torch.arange(len(objects), device=priors.boxes.device)[:, None]
+        every = torch.arange(len(priors), device=priors.boxes.device)
+        return _Costs(self, priors, objects, predictions).of(row.expand(-1, len(every)), every.expand(len(row), -1))
+
+    def class_part(self, logits: Tensor) -> Tensor:
+        """What a pair costs for the logit of its class: the higher, the less."""
+        p = logits.sigmoid()
+        q = 1 - p
+        there = q.pow(self.gamma).mul_((p + EPS).log_()).mul_(-self.alpha)
+        absent = p.pow(self.gamma).mul_(q.add_(EPS).log_()).mul_(self.alpha - 1)
+        return there.sub_(absent).mul_(self.class_cost)
+
+
+class _Pairs(NamedTuple):
+    """Candidates, on the host."""
+
+    object: NDArray[np.int64]  # (P,)
+    prior: NDArray[np.int64]  # (P,) image * R + prior
+    cost: NDArray[np.float32]  # (P,)
+    limit: NDArray[np.float32]  # (N,) all pairs of the object that cost no more are listed; inf: all there are
+
+    @classmethod
+    def none(cls, total: int) -> _Pairs:
+        nobody = np.zeros(0, np.int64)
+        return cls(nobody, nobody, np.zeros(0, np.float32), np.full(total, -np.inf, np.float32))
+
+    def replaced(self, rows: NDArray[np.int64], found: tuple[Tensor, Tensor, Tensor, Tensor]) -> _Pairs:
+        """With new pairs for the objects `rows`."""
+        row, prior, cost, limit = (x.cpu().numpy() for x in found)
+        again = np.zeros(len(self.limit), bool)
+        again[rows] = True
+        old, limits = ~again[self.object], self.limit.copy()
+        limits[rows] = limit
+        return _Pairs(
+            np.concatenate([self.object[old], row]),
+            np.concatenate([self.prior[old], prior]),
+            np.concatenate([self.cost[old], cost]),
+            limits,
+        )
+
+    def matched(self) -> NDArray[np.int64]:
+        """(N,) image * R + prior, or -1 for an object that is best off with what lies beyond its limit."""
+        total = len(self.limit)
+        used, column = np.unique(self.prior, return_inverse=True)
+        beyond = np.nextafter(self.limit, np.float32(np.inf)).astype(np.float64)
+        known = np.concatenate([self.cost, beyond[np.isfinite(beyond)]])
+        least, most = float(known.min()), float(known.max())
+        beyond[~np.isfinite(beyond)] = most + (most - least + 1) * (total + 1)  # dearer than any way round it
+        # Whole numbers from 1: a sparse matrix has no place for a cost of 0.
+        weight = np.rint((np.concatenate([self.cost, beyond]) - least) * GRAIN) + 1
+        own = np.arange(total)
+        place = (np.concatenate([self.object, own]), np.concatenate([column, len(used) + own]))
+        table = csr_array((weight, place), shape=(total, len(used) + total))
+        _, chosen = min_weight_full_bipartite_matching(table)
+        return np.concatenate([used, np.full(total, -1)])[chosen]
 
 
 class _Costs:
-    """Of the objects of one image with all of its priors, or some; what depends on one of the two is prepared."""
+    """Of objects with priors of their images."""
 
     def __init__(self, rule: Hungarian, priors: Priors, objects: Objects, predictions: Predictions) -> None:
-        logits, boxes = predictions.class_logits[0].T, predictions.boxes[0]
-        self.rule = rule
-        present, self.column = objects.labels.unique(return_inverse=True)
-        self.by_class = torch.stack([self._class_cost(row) for row in logits[present]])  # (labels of the image, C)
-        scale = 1 / _size(priors, objects)
-        self.place, self.own_place = to_cxcywh(boxes * scale).T.contiguous(), to_cxcywh(objects.boxes * scale)
-        self.sides, self.own_sides = boxes.T.contiguous(), objects.boxes
-        self.area, self.own_area = area(boxes), area(objects.boxes)
+        self.rule, self.objects, self.scale = rule, objects, 1 / _sizes(priors, objects)
+        self.classes = predictions.class_logits.shape[2]
+        self.logits, self.boxes = predictions.class_logits.reshape(-1), predictions.boxes.reshape(-1, 4)
 
-    def _class_cost(self, logits: Tensor) -> Tensor:
-        rule = self.rule
-        p = logits.sigmoid()
-        q = 1 - p
-        there = q.pow(rule.gamma).mul_((p + EPS).log_()).mul_(-rule.alpha)
-        absent = p.pow(rule.gamma).mul_(q.add_(EPS).log_()).mul_(rule.alpha - 1)
-        return there.sub_(absent).mul_(rule.class_cost)
+    def of(self, row: Tensor, prior: Tensor) -> Tensor:
+        """(...) objects and (...) image * R + prior -> (...)."""
+        return self.geometry(row, prior).add_(self.of_class(row, prior))
 
-    def only(self, among: Tensor) -> _Costs:
-        """The same for the priors `among` (C,)."""
-        few = copy(self)
-        few.by_class, few.place, few.sides = (x[:, among] for x in (self.by_class, self.place, self.sides))
-        few.area = self.area[among]
-        return few
+    def of_class(self, row: Tensor, prior: Tensor) -> Tensor:
+        place = prior * self.classes + self.objects.labels[row]
+        return self.rule.class_part(self.logits.index_select(0, place.flatten()).view(row.shape))
 
-    def all(self) -> Tensor:
-        """(n, C)"""
-        found = self.by_class.new_empty(len(self.column), self.by_class.shape[1])
-        for part in chunks(len(found), SCRATCH * found.shape[1]):
-            found[part] = self.of(part)
-        return found
-
-    def of(self, part: slice) -> Tensor:
-        """(n, C) of a part of the objects."""
-        cost = self.by_class[self.column[part]]
-        for theirs, own in zip(self.place, self.own_place[part].T, strict=True):
-            cost.add_((theirs - own[:, None]).abs_(), alpha=self.rule.l1_cost)
-        x1, y1, x2, y2 = self.sides
-        left, top, right, bottom = self.own_sides[part, :, None].unbind(1)
+    def geometry(self, row: Tensor, prior: Tensor) -> Tensor:
+        row, shape, prior = row.flatten(), row.shape, prior.flatten()
+        said, own = self.boxes.index_select(0, prior), self.objects.boxes.index_select(0, row)
+        scale = self.scale.index_select(0, self.objects.image.index_select(0, row))
+        apart = (to_cxcywh(said * scale) - to_cxcywh(own * scale)).abs_().sum(1)
+        x1, y1, x2, y2 = said.unbind(1)
+        left, top, right, bottom = own.unbind(1)
         shared = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
         shared.mul_(torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0))
-        union = (self.area + self.own_area[part, None]).sub_(shared)
+        union = area(said).add_(area(own)).sub_(shared)
         around = torch.maximum(x2, right).sub_(torch.minimum(x1, left)).clamp_(min=0)
         around.mul_(torch.maximum(y2, bottom).sub_(torch.minimum(y1, top)).clamp_(min=0))
-        cost.sub_(shared.div_(union.clamp(min=LEAST_AREA)), alpha=self.rule.giou_cost)
-        empty = torch.sub(around, union, out=union).div_(around.clamp_(min=LEAST_AREA))
-        return cost.add_(empty, alpha=self.rule.giou_cost)
+        empty = (around - union).div_(around.clamp_(min=LEAST_AREA))
+        giou = shared.div_(union.clamp_(min=LEAST_AREA)).sub_(empty)
+        return apart.mul_(self.rule.l1_cost).sub_(giou, alpha=self.rule.giou_cost).view(shape)
 
 
-def _size(priors: Priors, objects: Objects) -> Tensor:
-    """(4,) float32 width, height, width, height in pixels."""
+class _Search:
+    """Finds the cheapest priors of objects."""
+
+    def __init__(self, costs: _Costs, priors: Priors, objects: Objects, predictions: Predictions) -> None:
+        self.costs, self.rule, self.objects, self.count = costs, costs.rule, objects, len(priors)
+        self.tiles = layout(priors, SIDE)
+        self.bounds = Bounds(self.tiles, predictions.boxes)
+        tiled = predictions.boxes[:, self.tiles.prior]  # (B, T, M, 4)
+        # (4, B, T): the most of x1 and y1, the least of x2 and y2
+        inner = torch.cat([tiled[..., :2].amax(2), tiled[..., 2:].amin(2)], -1)
+        self.inner = inner.permute(2, 0, 1).contiguous()
+        place = to_cxcywh(tiled * costs.scale[:, None, None])
+        self.least, self.most = (x.permute(2, 0, 1).contiguous() for x in (place.amin(2), place.amax(2)))  # (4, B, T)
+        self.by_class = torch.stack([self._by_class(logits) for logits in predictions.class_logits])
+
+    def _by_class(self, logits: Tensor) -> Tensor:
+        """(R, K) -> (K, T): no prior of the tile costs less for its logit."""
+        highest = logits.index_select(0, self.tiles.prior[:, 0])
+        for prior in self.tiles.prior.unbind(1)[1:]:
+            torch.maximum(highest, logits.index_select(0, prior), out=highest)
+        return self.rule.class_part(highest.T.contiguous())
+
+    def cheapest(self, rows: Tensor, few: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Object (P,), image * R + prior (P,) and cost (P,) of all pairs of the objects `rows` that cost no more than
+        the object's limit (n,): about its `few` cheapest."""
+        (many, size), pairs, limits = self.tiles.prior.shape, [], []
+        lead = min(max(LEAD, MORE * few // size), many)
+        for part in chunks(len(rows), max(many, lead * size)):
+            mine = rows[part]
+            image, label = self.objects.image[mine], self.objects.labels[mine]
+            geometry = self._geometry(mine)
+            bound = self.by_class[image, label].add_(geometry)  # (n, T)
+            limit = torch.full_like(bound[:, 0], torch.inf)
+            if few < self.count:
+                first = bound.topk(lead, 1, largest=False, sorted=False).indices
+                cost = self.costs.of(*self._pairs(mine[:, None], first)).where(self.tiles.real[first], torch.inf)
+                known = cost.flatten(1).topk(min(few, lead * size), 1, largest=False).values
+                known = known.where(known.isfinite(), -torch.inf).amax(1)
+                limit = known.where(known.isfinite(), limit)
+            limits.append(limit)
+
+            place = (bound > limit[:, None]).logical_not_().view(-1).nonzero().squeeze(1)
+            row = place.div(many, rounding_mode="floor")
+            tile = place - row * many
+            object_, prior = self._pairs(mine[row], tile)
+            of_class, limit = self.costs.of_class(object_, prior), limit[row, None]
+            worth = (of_class + geometry.view(-1)[place, None] > limit).logical_not_() & self.tiles.real[tile]
+            place = worth.view(-1).nonzero().squeeze(1)
+            object_, prior = object_.flatten()[place], prior.view(-1)[place]
+            cost = self.costs.geometry(object_, prior).add_(of_class.view(-1)[place])
+            kept = cost <= limit.expand_as(of_class).flatten()[place]
+            pairs.append((object_[kept], prior[kept], cost[kept]))
+        object_, prior, cost = (torch.cat(x) for x in zip(*pairs, strict=True))
+        return object_, prior, cost, torch.cat(limits)
+
+    def _pairs(self, row: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
+        """(...) objects, which broadcast, and (...) tiles -> (..., M) objects and image * R + prior."""
+        prior = self.tiles.prior[tile].add_((self.objects.image[row] * self.count)[..., None])
+        return row[..., None].expand_as(prior), prior
+
+    def _geometry(self, rows: Tensor) -> Tensor:
+        """(n, T): for its box no prior of the tile costs the objects `rows` less."""
+        rule, image = self.rule, self.objects.image[rows]
+        left, top, right, bottom = self.objects.boxes[rows, :, None].unbind(1)
+        own = to_cxcywh(self.objects.boxes[rows] * self.costs.scale[image])
+        x1, y1, x2, y2 = self.inner[:, image]
+        around = torch.maximum(x2, right).sub_(torch.minimum(x1, left))
+        around.mul_(torch.maximum(y2, bottom).sub_(torch.minimum(y1, top)))
+        # The union's share of the box around both: a little more of each makes it no less, and there is no 0 / 0.
+        share = self.bounds.most[image].add_((right - left) * (bottom - top) + LEAST_AREA)
+        giou = share.div_(around.add_(LEAST_AREA)).clamp_(max=1).add_(self.bounds.iou(self.objects, rows)).sub_(1)
+        bound = giou.mul_(-rule.giou_cost).sub_(SLACK * (rule.class_cost + rule.l1_cost + rule.giou_cost))
+        for least, most, center in zip(self.least, self.most, own.T, strict=True):
+            nearest = center[:, None].clamp(least[image], most[image])
+            bound.add_(nearest.sub_(center[:, None]).abs_(), alpha=rule.l1_cost * (1 - SLACK))
+        return bound
+
+
+def _sizes(priors: Priors, objects: Objects) -> Tensor:
+    """(B, 4) float32 width, height, width, height in pixels."""
     if objects.sizes is not None:
-        size = objects.sizes[0].flip(0)
-    elif priors.grids:
+        return objects.sizes.flip(1).to(priors.boxes).repeat(1, 2)
+    if priors.grids:
         grids = priors.grids
         extent = [max(g.width * g.stride for g in grids), max(g.height * g.stride for g in grids)]
         size = priors.boxes.new_tensor(extent)
     else:
         size = priors.boxes[:, 2:].amax(0).clamp(min=1)
-    return size.to(priors.boxes).repeat(2)
+    return size.to(priors.boxes).repeat(2).expand(objects.batch_size, -1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from detector.boxes import EPS, area
 from detector.structures import Grid, Objects, Priors
 
-SIDE = 2  # cells; M is its square
+SIDE = 2  # cells, unless asked for others; M is its square
 BLOCK = 8  # T is a multiple of it
 SLACK = 1e-4  # relative, by which bounds are wider than float32 says
 
@@ -29,23 +29,23 @@ class Layout(NamedTuple):
     real: Tensor  # (T, M) bool; the others repeat a neighbour, at the far edges of a level
 
 
-def layout(priors: Priors) -> Layout:
+def layout(priors: Priors, side: int = SIDE) -> Layout:
     """Squares of cells; where the priors lie on no grid, those that follow one another."""
-    return _layout(priors.grids, 0 if priors.grids else len(priors), priors.boxes.device)
+    return _layout(priors.grids, 0 if priors.grids else len(priors), side, priors.boxes.device)
 
 
 @lru_cache(maxsize=1024)
-def _layout(grids: tuple[Grid, ...], count: int, device: torch.device) -> Layout:
+def _layout(grids: tuple[Grid, ...], count: int, side: int, device: torch.device) -> Layout:
     if not grids:
-        index = torch.arange(-(-count // SIDE**2) * SIDE**2, device=device).view(-1, SIDE**2)
+        index = torch.arange(-(-count // side**2) * side**2, device=device).view(-1, side**2)
         return _filled([index.clamp(max=count - 1)], [index < count])
     prior, real, first = [], [], 0
     for g in grids:
-        top, left = (torch.arange(0, n, SIDE, device=device) for n in (g.height, g.width))
-        step = torch.arange(SIDE, device=device)
+        top, left = (torch.arange(0, n, side, device=device) for n in (g.height, g.width))
+        step = torch.arange(side, device=device)
         row, column = (top[:, None] + step)[:, None, :, None], (left[:, None] + step)[None, :, None, :]
-        exists = ((row < g.height) & (column < g.width)).reshape(-1, SIDE**2)
-        cell = (row.clamp(max=g.height - 1) * g.width + column.clamp(max=g.width - 1)).reshape(-1, SIDE**2)
+        exists = ((row < g.height) & (column < g.width)).reshape(-1, side**2)
+        cell = (row.clamp(max=g.height - 1) * g.width + column.clamp(max=g.width - 1)).reshape(-1, side**2)
         for shape in range(len(g.shapes)):
             prior.append(first + cell * len(g.shapes) + shape)
             real.append(exists)
@@ -55,7 +55,7 @@ def _layout(grids: tuple[Grid, ...], count: int, device: torch.device) -> Layout
 
 def _filled(prior: list[Tensor], real: list[Tensor]) -> Layout:
     last, rest = prior[-1][-1:], -sum(len(x) for x in prior) % BLOCK
-    empty = torch.zeros(rest, SIDE**2, dtype=torch.bool, device=last.device)
+    empty = torch.zeros(rest, last.shape[1], dtype=torch.bool, device=last.device)
     return Layout(torch.cat([*prior, last.expand(rest, -1)]), torch.cat([*real, empty]))
 
 
@@ -90,7 +90,7 @@ class Bounds:
         union += (right - left) * (bottom - top)
         return shared.div_(union.sub_(shared).clamp_(min=EPS))
 
-    def iou(self, objects: Objects, rows: slice) -> Tensor:
+    def iou(self, objects: Objects, rows: slice | Tensor) -> Tensor:
         """(n, T): no box of the tile has a higher IoU with the objects `rows`."""
         image, (left, top, right, bottom) = objects.image[rows], objects.boxes[rows, :, None].unbind(1)
         low, high = self.low[:, image], self.high[:, image]

@@ -63,7 +63,7 @@ def take_turns(
     """Each candidate once a turn, after `warm_up` turns that do not count; who begins changes from turn to turn.
 
     Ends after `turns` turns, or after the first one that is done more than `patience` seconds after the warm-up.
-    `clock=time.process_time` leaves out the time of other processes, which on a GPU would leave out the GPU's.
+    `clock` tells seconds.
     """
     names = list(candidates)
     for _ in range(warm_up):
@@ -95,16 +95,17 @@ def _seconds(call: Call, device: torch.device, clock: Callable[[], float]) -> fl
     gc.collect()
     gc.disable()
     try:
-        _wait(device)
+        wait(device)
         start = clock()
         call()
-        _wait(device)
+        wait(device)
         return clock() - start
     finally:
         gc.enable()
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

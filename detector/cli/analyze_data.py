@@ -143,10 +143,18 @@ def _of_recipe(options: argparse.Namespace) -> tuple[str, list[Split], Settings]
 
 def _grid(config: RunConfig) -> tuple[tuple[int, ...], object]:
     """Strides and priors of the recipe's dense head or RPN; the network's weights stay random."""
+    from detector.errors import ConfigError
     from detector.models.dense import DenseDetector
 
     model = config.model.build(1, load_weights=False)
-    head = model.head if isinstance(model, DenseDetector) else model.rpn.head
+    if isinstance(model, DenseDetector):
+        return tuple(model.head.strides), model.head.config.priors
+    if model.rpn is None:
+        raise ConfigError(
+            "model.rpn is null: a detector on given proposals has no grid of priors; take a recipe with an RPN, or a"
+            " dense one"
+        )
+    head = model.rpn.head
     return tuple(head.strides), head.config.priors
 
 

@@ -22,9 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--quick", action="store_true", help="small inputs and few turns: whether it runs, not how fast"
     )
     parser.add_argument(
-        "--device",
-        default="cpu",
-        help="cpu, cuda, cuda:1 ... of all that trains or infers, and of assign (default: cpu)",
+        "--device", default="cpu", help="cpu, cuda, cuda:1 ... of train, infer, assign, share, two_stage (default: cpu)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, every turn's time included")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from detector.data.findings import Report
     from detector.data.several import SeveralIndex
 
-_WIDE = 200  # columns of the table in a file or a pipe
+_WIDE = 100_000  # columns for a table in a file or a pipe: it takes what it needs, and no message is broken up
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,12 +15,14 @@ from detector.assign.atss import Atss
 from detector.config.node import Node
 from detector.data.config import Data
 from detector.data.mosaic import Mixup
+from detector.data.perspective import RandomPerspective
+from detector.data.steps import Combination
 from detector.data.transforms import Transform
 from detector.decode import DecodeConfig
 from detector.evaluate.config import EvaluateConfig
 from detector.losses.criteria import WITHOUT_RULE, AnyCriterion
 from detector.losses.dense import DenseCriterionConfig
-from detector.losses.two_stage import CrossEntropy
+from detector.losses.two_stage import CrossEntropy, TwoStageCriterionConfig
 from detector.models import Model, Network
 from detector.pixels import Statistics
 from detector.train.config import TrainConfig
@@ -42,6 +44,12 @@ class RunConfig(Node):
     data: Data
     augment: tuple[Transform, ...] = Field((), description="training only, in this order, before the resize")
     model: Model
+    weights: str | None = Field(
+        None,
+        min_length=1,
+        description="start from this whole detector: a checkpoint (best.pt, or what convert_weights wrote), or"
+        " torchvision://fasterrcnn_resnet50_fpn and the like; replaces model.backbone.pretrained",
+    )
     assigner: Rule | None = Field(Atss(), description="null for criteria that match priors to objects by themselves")
     criterion: AnyCriterion = DenseCriterionConfig()
     train: TrainConfig
@@ -63,16 +71,28 @@ class RunConfig(Node):
         """A criterion that does without a rule has none by default."""
         if not isinstance(values, dict) or "assigner" in values or not isinstance(values.get("criterion"), dict):
             return values
-        alone = values["criterion"].get("type") in WITHOUT_RULE
+        criterion = values["criterion"]
+        given = criterion.get("type") == "two_stage" and criterion.get("rpn", {}) is None
+        alone = given or criterion.get("type") in WITHOUT_RULE
         return {**values, "assigner": None} if alone else values
 
     @model_validator(mode="after")
     def _rule_where_it_counts(self) -> RunConfig:
         kind = self.criterion.type
+        if isinstance(self.criterion, TwoStageCriterionConfig) and self.criterion.rpn is None:
+            if self.assigner is not None:
+                raise ValueError("criterion.rpn is null, so nothing would use the assigner: set assigner=null")
+            return self
         if self.criterion.uses_assigner and self.assigner is None:
             raise ValueError(f"criterion.type {kind!r} needs a rule of label assignment: set assigner")
         if not self.criterion.uses_assigner and self.assigner is not None:
             raise ValueError(f"criterion.type {kind!r} matches priors to objects by itself: set assigner=null")
+        return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> RunConfig:
+        if self.weights is not None and self.model.backbone.weights is not None:
+            raise ValueError("weights and model.backbone.weights are both set: leave one out")
         return self
 
     @model_validator(mode="after")
@@ -103,6 +123,32 @@ class RunConfig(Node):
         return self
 
     @model_validator(mode="after")
+    def _proposals_where_they_count(self) -> RunConfig:
+        wanted = self.model.type != "dense" and self.model.rpn is None
+        given = self.data.proposals
+        if given is None:
+            if wanted:
+                raise ValueError(
+                    "model.rpn is null, so proposals must be given: set data.proposals.train and data.proposals.val"
+                    " (tools/make_proposals.py makes the files)"
+                )
+            return self
+        if not wanted:
+            raise ValueError(
+                f"data.proposals is set, but model.type {self.model.type!r} makes its own: take it out, or use"
+                " model.type=two_stage with model.rpn=null, criterion.rpn=null and assigner=null"
+            )
+        if self.data.type == "several":
+            raise ValueError("data.proposals: goes with a single data set, not with data.type 'several'")
+        step = next((i for i, s in enumerate(self.augment) if isinstance(s, Combination | RandomPerspective)), None)
+        if step is not None:
+            raise ValueError(
+                f"augment.{step}: {self.augment[step].type!r} makes an image that data.proposals do not fit: take it"
+                " out; flip, color, random_scale_crop, large_scale_jitter, cutout and grid_mask can stay"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_for_the_device(self) -> RunConfig:
         can = bool(self.data.resize.multi_scale) or (len(self.augment) > 0 and self.augment[-1].on_device)
         if self.data.augment_on == "device" and not can:
@@ -123,6 +169,11 @@ class RunConfig(Node):
         if model.type == "dense":
             return self._dense_head_fits()
         assert criterion.type == "two_stage"
+        if (model.rpn is None) != (criterion.rpn is None):
+            raise ValueError(
+                "model.rpn and criterion.rpn go together: set both, or both to null (with assigner=null and"
+                " data.proposals)"
+            )
         if len(model.stages) != len(criterion.stage_weights):
             raise ValueError(
                 f"the model has {len(model.stages)} box heads, but criterion.stage_weights are"

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from detector.data.geometry import joined_weights
+from detector.data.proposals import on_canvas
 from detector.data.sample import Sample
 from detector.pixels import PADDING as PADDING
 from detector.structures import Batch, Objects
@@ -96,6 +97,8 @@ def _objects(samples: Sequence[Sample]) -> Objects:
     weight = joined_weights(samples)
     if weight is not None:
         truth["weight"] = weight
+    if any(s.proposals is not None for s in samples):
+        truth["proposals"] = on_canvas(samples)
     return Objects(batch_size=len(samples), **{name: torch.from_numpy(array) for name, array in truth.items()})
 
 
@@ -119,7 +122,7 @@ def _allocate(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Ten
 def send(batch: Batch) -> tuple[Any, ...]:
     fields = {name: getattr(batch, name) for name in ("ids", "original_sizes", "scale", "offset")}
     objects = batch.objects
-    names = ("boxes", "labels", "image", "ignore", "ignore_image", "sizes", "weight")
+    names = ("boxes", "labels", "image", "ignore", "ignore_image", "sizes", "weight", "proposals")
     truth = {name: tensor for name in names if (tensor := getattr(objects, name)) is not None}
     arrays = [{name: tensor.numpy() for name, tensor in group.items()} for group in (fields, truth)]
     return receive, (batch.images.permute(0, 2, 3, 1), *arrays, batch.failures)

@@ -21,6 +21,7 @@ from detector.data.geometry import follow
 from detector.data.images import read_image, read_reduced
 from detector.data.index import CocoIndex as CocoIndex
 from detector.data.outlines import Outlines
+from detector.data.proposals import ProposalSet
 from detector.data.sample import Sample
 from detector.errors import DataError
 from detector.pixels import PADDING, Pixels
@@ -35,6 +36,7 @@ class CocoData:
         cache: keeps what `data.reduced(i)` decodes.
         least: to the (height, width) of an image what `data.reduced(i)` must leave of it; None: all.
         pixels: what the images hold, and how each is normalised by itself; default: 8-bit RGB.
+        proposals: of all images of the index; default: none are given.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class CocoData:
         least: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
         cache: ImageCache | None = None,
         pixels: Pixels | None = None,
+        proposals: ProposalSet | None = None,
     ) -> None:
         self.index = index
         self.cache = cache
+        self.proposals = proposals
         self.pixels = None if pixels is None or pixels.plain else pixels
         self.least = least if self.pixels is None else None
         self.ground = PADDING if pixels is None else pixels.ground
@@ -110,6 +114,7 @@ class CocoData:
             scale=np.ones(2, dtype=np.float32),
             offset=np.zeros(2, dtype=np.float32),
             ground=self.ground,
+            proposals=None if self.proposals is None else self.proposals.of(int(index.image_ids[i])),
         )
 
 

@@ -19,6 +19,7 @@ from detector.data.index import class_names
 from detector.data.order import AnyOrdering, BySource, Shuffle
 from detector.data.places import PARTS, CocoPlace, Place, ShapesPlace, SplitFiles
 from detector.data.places import SplitName as SplitName
+from detector.data.proposals import ProposalFiles
 from detector.data.resize import Resize, ShortEdge
 from detector.data.several import Renaming, SeveralIndex, listed, merged, partly_labelled, renamed
 from detector.errors import DataError
@@ -45,6 +46,9 @@ class DataSource(Node):
         "workers",
         description="device: the training device does multi-scale, and flip and color at the end of `augment`, for"
         " machines with more GPU than CPU; from the same random numbers",
+    )
+    proposals: ProposalFiles | None = Field(
+        None, description="boxes that may hold an object, for models that are given them (model.rpn=null)"
     )
     order: AnyOrdering = Field(Shuffle(), description="of the training images")
     partner_cache: int = Field(
@@ -95,7 +99,8 @@ class DataSource(Node):
         cache = None
         if cached and self.cache != "none":
             cache = open_cache(index, least, self.cache, self.cache_dir or default_folder(), self.pixels)
-        return CocoData(index, least, cache, self.pixels)
+        proposals = None if self.proposals is None else self.proposals.load(split, index)
+        return CocoData(index, least, cache, self.pixels, proposals)
 
     def _least(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that decoding has to leave of an image of `size`, in training as in evaluation."""

@@ -82,7 +82,10 @@ def finished(batch: Batch) -> Batch:
     for i in range(batch.colors.shape[1]):
         images = _colored(images, batch.colors[:, i], inside)
     images = _mirrored(images, batch.flip, batch.target, inside, batch.ground)
-    objects = batch.objects
+    objects, proposals = batch.objects, batch.objects.proposals
+    if proposals is not None:
+        each = [x.repeat_interleave(proposals.shape[1], 0) for x in (factor, shift)]
+        proposals = _moved(proposals.flatten(0, 1), each[0], each[1]).view_as(proposals)
     return Batch(
         images=images,
         objects=replace(
@@ -90,6 +93,7 @@ def finished(batch: Batch) -> Batch:
             boxes=_moved(objects.boxes, factor[objects.image], shift[objects.image]),
             ignore=_moved(objects.ignore, factor[objects.ignore_image], shift[objects.ignore_image]),
             sizes=after,
+            proposals=proposals,
         ),
         ids=batch.ids,
         original_sizes=batch.original_sizes,

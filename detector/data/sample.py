@@ -34,4 +34,5 @@ class Sample:
     weight: np.ndarray | None = None  # (n,) float32: how much each object counts in the losses; None: 1
     ground: tuple[int, ...] = PADDING  # (C,) the colour where there is no image
     later: Later | None = None  # what the training device does once the sample is in its batch
+    proposals: np.ndarray | None = None  # (m, 4) float32 xyxy in pixels of the ORIGINAL image; None: no file gives any
     outlines: Outlines | None = None  # the n objects' masks; None unless a step of the recipe uses them

@@ -37,7 +37,7 @@ def evaluate(
         for batch in loader:
             batch = batch.to(device)
             with autocast(device, precision):
-                outputs = model(batch.images, sizes=batch.sizes)
+                outputs = model(batch.images, **batch.known)
             found = to_original(decode(outputs, batch.sizes, decode_config), batch)
             evaluator.add(batch.ids, found)
             if progress is not None:

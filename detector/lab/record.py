@@ -19,7 +19,7 @@ from detector.evaluate.matches import Matches, match
 from detector.evaluate.runner import inference, to_original
 from detector.evaluate.truth import Truth, lookup
 from detector.lab.survey import flips, metrics, survey
-from detector.lab.treatment import Treatment, concatenate, treat
+from detector.lab.treatment import Treatment, concatenate, treat, treat_proposals
 from detector.models.layers import autocast
 from detector.models.stages import TwoStageOutputs
 from detector.structures import Assignment, Outputs
@@ -74,11 +74,16 @@ def observe(config: RunConfig, checkpoint: Path, split: SplitName) -> Record:
                 outputs = module.model(batch.images, batch.objects)
                 # With the truth, a two-stage model says what it learns from instead of what it finds.
                 two_stage = isinstance(outputs, TwoStageOutputs)
-                found = module.model(batch.images, sizes=batch.sizes) if two_stage else outputs
+                found = module.model(batch.images, **batch.known) if two_stage else outputs
             evaluator.add(batch.ids, to_original(decode(found, batch.sizes, decoding), batch))
             assignments = module.criterion(outputs, batch.objects).assignments
             dense = dense_part(outputs)
-            treated.append(treat(dense.priors, batch.objects, assignment_of(dense, assignments), dense.detached()))
+            found_by = assignment_of(dense, assignments)
+            treated.append(
+                treat_proposals(dense.priors, batch.objects, found_by)
+                if dense.priors.per_image
+                else treat(dense.priors, batch.objects, found_by, dense.detached())
+            )
     treatment = concatenate(treated)
     return Record(
         result=evaluator.result(),
@@ -89,8 +94,10 @@ def observe(config: RunConfig, checkpoint: Path, split: SplitName) -> Record:
 
 
 def dense_part(outputs: Outputs | TwoStageOutputs) -> Outputs:
-    """What the run's rule labels: of a two-stage model its RPN's anchors."""
-    return outputs.rpn if isinstance(outputs, TwoStageOutputs) else outputs
+    """What the run's rule labels: of a two-stage model its RPN's anchors, without one the first stage's proposals."""
+    if not isinstance(outputs, TwoStageOutputs):
+        return outputs
+    return outputs.stages[0].outputs if outputs.rpn is None else outputs.rpn
 
 
 def assignment_of(outputs: Outputs, assignments: dict[str, Assignment]) -> Assignment:

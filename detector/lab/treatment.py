@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,26 @@ def treat(priors: Priors, objects: Objects, assignment: Assignment, predictions:
         entropy=_array(torch.where(positives > 0, summed(-torch.xlogy(share, share)), torch.nan)),
         levels=_array(levels),
     )
+
+
+@torch.no_grad()
+def treat_proposals(priors: Priors, objects: Objects, assignment: Assignment) -> Treatment:
+    """One batch whose priors differ by image: image by image.  What is predicted there is left out."""
+    image = assignment.prior // assignment.num_priors
+    parts = []
+    for i in range(objects.batch_size):
+        mine = (image == i) & (assignment.weight > 0)
+        own = replace(
+            assignment,
+            prior=assignment.prior[mine] - i * assignment.num_priors,
+            object=assignment.object[mine] - int((objects.image < i).sum()),
+            quality=assignment.quality[mine],
+            weight=assignment.weight[mine],
+            ignored=assignment.ignored[i : i + 1],
+            background_weight=None,
+        )
+        parts.append(treat(priors.select_image(i), objects.select_image(i), own, None))
+    return concatenate(parts)
 
 
 def _all_pairs(priors: Priors, objects: Objects, prior: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:

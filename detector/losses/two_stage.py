@@ -71,7 +71,7 @@ class TwoStageCriterionConfig(CriterionConfig):
     """Which losses of which stage, how weighted."""
 
     type: Literal["two_stage"] = "two_stage"
-    rpn: RpnLossConfig = RpnLossConfig()
+    rpn: RpnLossConfig | None = Field(RpnLossConfig(), description="null for a model without an RPN")
     classification: AnyRoiClassLoss = CrossEntropy()
     box: AnyBoxLoss = L1()
     stage_weights: tuple[Annotated[float, Field(ge=0)], ...] = Field(
@@ -87,7 +87,7 @@ class TwoStageCriterionConfig(CriterionConfig):
 
     def build(self, assigner: Assigner | None, num_classes: int) -> TwoStageCriterion:
         """`assigner` is the RPN's; the box heads' are the model's."""
-        if assigner is None:
+        if assigner is None and self.rpn is not None:
             raise ConfigError("criterion 'two_stage' needs a rule of label assignment for its RPN: set assigner")
         return TwoStageCriterion(config=self, assigner=assigner, num_classes=num_classes)
 
@@ -99,7 +99,7 @@ class TwoStageCriterion(nn.Module):
     Everything is float32 with autocast off, without waiting for the device.
     """
 
-    def __init__(self, *, config: TwoStageCriterionConfig, assigner: Assigner, num_classes: int) -> None:
+    def __init__(self, *, config: TwoStageCriterionConfig, assigner: Assigner | None, num_classes: int) -> None:
         super().__init__()
         self.config, self.assigner, self.num_classes = config, assigner, num_classes
 
@@ -109,7 +109,10 @@ class TwoStageCriterion(nn.Module):
         refuse_weights(objects, "two_stage")
         with torch.autocast(objects.boxes.device.type, enabled=False):
             sums, assignments = {}, {}
-            sums["rpn_class"], sums["rpn_box"], assignments["rpn"] = self._rpn(outputs.rpn, objects)
+            if self.config.rpn is not None and outputs.rpn is not None:
+                sums["rpn_class"], sums["rpn_box"], assignments["rpn"] = self._rpn(
+                    self.config.rpn, outputs.rpn, objects
+                )
             for i, (stage, weight) in enumerate(zip(outputs.stages, self.config.stage_weights, strict=True), 1):
                 for_class, for_box = self._stage(stage, objects)
                 sums[f"stage_{i}_class"], sums[f"stage_{i}_box"] = weight * for_class, weight * for_box
@@ -117,9 +120,9 @@ class TwoStageCriterion(nn.Module):
             images = objects.boxes.new_full((), float(objects.batch_size))
             return Losses({name: value * images for name, value in sums.items()}, images, assignments)
 
-    def _rpn(self, outputs: Outputs, objects: Objects) -> tuple[Tensor, Tensor, Assignment]:
-        classification, box = self.config.rpn.classification, self.config.rpn.box
-        objects = replace(objects, labels=torch.zeros_like(objects.labels))
+    def assign_rpn(self, config: RpnLossConfig, outputs: Outputs, objects: Objects) -> Assignment:
+        """Of the anchors, those sampled; `objects` all have label 0."""
+        assert self.assigner is not None
         predictions = outputs.detached() if self.assigner.uses_predictions else None
         found = self.assigner(outputs.priors, objects, predictions)
 
@@ -127,7 +130,12 @@ class TwoStageCriterion(nn.Module):
             logits = outputs.class_logits[..., 0].float()
             return F.binary_cross_entropy_with_logits(logits, paired(found).float(), reduction="none")
 
-        found = self.config.rpn.sampler(found, outputs.priors, objects, losses=losses)
+        return config.sampler(found, outputs.priors, objects, losses=losses)
+
+    def _rpn(self, config: RpnLossConfig, outputs: Outputs, objects: Objects) -> tuple[Tensor, Tensor, Assignment]:
+        classification, box = config.classification, config.box
+        objects = replace(objects, labels=torch.zeros_like(objects.labels))
+        found = self.assign_rpn(config, outputs, objects)
         count = _count(found)
         targets = class_targets(found, objects.labels, 1)
         pairs = Pairs.gather(outputs, objects, found)
@@ -143,6 +151,8 @@ class TwoStageCriterion(nn.Module):
         return for_class / count, box.weight * box_sum(box, stage.outputs, objects, stage.assignment) / count
 
     def _check(self, outputs: TwoStageOutputs) -> None:
+        if (outputs.rpn is None) != (self.config.rpn is None):
+            raise ConfigError("model.rpn and criterion.rpn go together: set both, or both to null")
         if len(outputs.stages) != len(self.config.stage_weights):
             raise ConfigError(
                 f"the model has {len(outputs.stages)} box heads, but criterion.stage_weights are"

@@ -17,6 +17,7 @@ from detector.errors import CheckpointError, ConfigError
 from detector.models.freeze import freeze
 from detector.models.layers import BackboneNorm
 from detector.models.norms import merge_frozen, replace_batch_norms
+from detector.models.strides import stride_first
 from detector.models.weights import LoadedWeights, load_weights
 from detector.pixels import RGB, Pixels
 
@@ -42,6 +43,10 @@ class BackboneConfig(Node):
         0, ge=0, le=5, description="fixed: all up to the map of stride 2**n (2: stem and stage 1)"
     )
     norm: BackboneNorm | None = Field(None, description="what its batch norms become; null leaves the network as it is")
+    stride_in: Literal["3x3", "1x1"] = Field(
+        "3x3",
+        description="the convolution of a ResNet's bottleneck that halves the map: 1x1 in Caffe's and Detectron's",
+    )
     mean: tuple[Pixel, Pixel, Pixel] | None = Field(None, description="RGB in 0..255; null: what timm's weights expect")
     std: tuple[Pixel, Pixel, Pixel] | None = Field(None, description="RGB in 0..255; null: what timm's weights expect")
 
@@ -87,6 +92,8 @@ class Backbone(nn.Module):
             features = _create(config, pretrained, pixels.channels, tuple(range(depth)))
         local = config.weights if load_weights else None
         self.loaded = None if local is None else _load(features, config.name, local, pixels.channels)
+        if config.stride_in == "1x1" and stride_first(features) == 0:
+            raise ConfigError(f"backbone.stride_in: {config.name} has no bottlenecks of a ResNet: leave it at '3x3'")
         if config.norm == "frozen_batch" and load_weights and not pretrained and self.loaded is None:
             log.warning("backbone.norm: the frozen batch norms of a random network do nothing; give it weights")
         # Found before the norms change: a frozen batch norm has no parameters to find it by.

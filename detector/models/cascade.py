@@ -49,10 +49,13 @@ class CascadeConfig(Node):
     neck: FpnConfig | None = Field(
         default_factory=lambda: FpnConfig(extra="pool", extra_levels=1), description="null: the backbone's one map"
     )
-    rpn: RpnConfig = Field(default_factory=RpnConfig)
+    rpn: RpnConfig | None = Field(default_factory=RpnConfig, description="null: proposals are given, by data.proposals")
     roi: AnyRoi = Align()
     head: BoxHeadConfig = Field(default_factory=lambda: BoxHeadConfig(class_agnostic=True))
     cascade: tuple[CascadeStage, ...] = Field(PUBLISHED, min_length=1, description="in order")
+    average: Literal["probabilities", "logits"] = Field(
+        "probabilities", description="of the stages, for the classes: probabilities in the paper, logits in mmdetection"
+    )
     sampler: AnySampler = Random()
     add_objects: bool = Field(True, description="the objects' own boxes are proposals of every stage, in training")
 
@@ -86,4 +89,8 @@ class CascadeConfig(Node):
 
     def build(self, num_classes: int, *, load_weights: bool = True, pixels: Pixels = RGB) -> TwoStageDetector:
         """The network; `load_weights=False` leaves the backbone random, for a checkpoint that follows."""
-        return assemble(self.backbone, self.neck, self.rpn, self.roi, self.stages, num_classes, load_weights, pixels)
+        detector = assemble(
+            self.backbone, self.neck, self.rpn, self.roi, self.stages, num_classes, load_weights, pixels
+        )
+        detector.average = self.average
+        return detector

@@ -27,7 +27,10 @@ def fold_batch_norm(model: Network) -> Network:
             module.convs = nn.ModuleList(copy.deepcopy(module.convs[0]) for _ in module.norms)
     names = {module: name for name, module in folded.named_modules()}
     image = torch.zeros(1, len(model.scale), SIDE, SIDE, dtype=torch.uint8, device=model.scale.device)
-    for norm, conv in pairs_of(folded, lambda: folded(image)):
+    given = {}
+    if getattr(model, "rpn", True) is None:
+        given["proposals"] = image.new_tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.float32)
+    for norm, conv in pairs_of(folded, lambda: folded(image, **given)):
         if isinstance(conv, ScaledConv2d):
             conv = _plain(folded, names[conv], conv)
         _fold(conv, norm)

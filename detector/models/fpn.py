@@ -24,6 +24,7 @@ class FpnConfig(Node):
         " input (RetinaNet), or every second cell of the last output (FPN's own, for an RPN)",
     )
     extra_levels: int = Field(2, ge=1, le=4, description="how many coarser levels, unless extra is none")
+    extra_relu: bool = Field(True, description="a ReLU between extra levels; mmdetection's often have none")
     norm: NormKind = "none"
     conv: ConvKind = Field("plain", description="separable: light 3 x 3 convolutions")
 
@@ -45,6 +46,7 @@ class Fpn(nn.Module):
         self.channels = config.channels
         self.strides = (*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(extra_levels)))
         self.extra_from_input = config.extra == "from_c5"
+        self.extra_relu = config.extra_relu
         self.pooled_levels = extra_levels if config.extra == "pool" else 0
 
         def layer(channels: int, kernel_size: int, stride: int = 1, kind: ConvKind = "plain") -> nn.Module:
@@ -72,7 +74,7 @@ class Fpn(nn.Module):
         outputs = [output(x) for output, x in zip(self.output, sums, strict=True)]
         coarse = maps[-1] if self.extra_from_input else outputs[-1]
         for i, extra in enumerate(self.extra):
-            coarse = extra(F.relu(coarse) if i else coarse)
+            coarse = extra(F.relu(coarse) if i and self.extra_relu else coarse)
             outputs.append(coarse)
         for _ in range(self.pooled_levels):
             outputs.append(outputs[-1][..., ::2, ::2])

@@ -206,7 +206,19 @@ class RoiExtractor(nn.Module):
         order = level.argsort(stable=True)
         counts = torch.bincount(level, minlength=len(self.strides)).tolist()
         parts = rois[order].split(counts)
-        found = [operator(x, part, 1 / stride) for x, part, stride in zip(maps, parts, self.strides, strict=True)]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return torch.cat(found)[back].to(kind)
+        found: list[Tensor] = []
+        ordered = None
+        for x, part, rows, stride in zip(maps, parts, order.split(counts), self.strides, strict=True):
+            features = operator(x, part, 1 / stride)
+            if torch.is_grad_enabled():
+                found.append(features)
+                continue
+            # Each level straight to its place: in inference these features are what takes most memory.
+            ordered = features.new_empty(len(rois), *features.shape[1:]) if ordered is None else ordered
+            ordered[rows] = features
+        if ordered is None:
+            features = torch.cat(found)
+            found.clear()
+            # The gradient of putting rows somewhere is picking them; that of picking would be adding up.
+            ordered = torch.empty_like(features).index_copy_(0, order, features)
+        return ordered.to(kind)

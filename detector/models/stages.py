@@ -22,11 +22,11 @@ class Stage:
 class TwoStageOutputs:
     """All of it; a graph hangs on it."""
 
-    rpn: Outputs  # of one class
+    rpn: Outputs | None  # of one class; None where proposals were given
     stages: tuple[Stage, ...]
 
     def priors_of(self, assignment: str) -> Priors:
         """What the assignment of this name labels: "rpn", "stage_1", "stage_2", ..."""
-        if assignment == "rpn":
+        if assignment == "rpn" and self.rpn is not None:
             return self.rpn.priors
         return self.stages[int(assignment.removeprefix("stage_")) - 1].outputs.priors

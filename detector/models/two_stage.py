@@ -22,11 +22,12 @@ from detector.assign import MaxIou, Rule
 from detector.assign.sample import AnySampler, Random, paired
 from detector.boxes import clip
 from detector.config.node import Node
+from detector.errors import ConfigError
 from detector.models.backbones import Backbone, BackboneConfig
 from detector.models.fpn import Fpn, FpnConfig
 from detector.models.roi import Align, AnyRoi, RoiExtractor
 from detector.models.roi_head import BoxHead, BoxHeadConfig, class_losses, scores_as_logits
-from detector.models.rpn import Proposals, Rpn, RpnConfig
+from detector.models.rpn import ProposalNumbers, Proposals, Rpn, RpnConfig
 from detector.models.single_level import NoNeck, check_levels, with_next_stage
 from detector.models.stages import Stage, TwoStageOutputs
 from detector.pixels import RGB, Pixels
@@ -59,7 +60,9 @@ class TwoStageConfig(Node):
     neck: FpnConfig | None = Field(
         default_factory=lambda: FpnConfig(extra="pool", extra_levels=1), description="null: the backbone's one map"
     )
-    rpn: RpnConfig = Field(default_factory=RpnConfig)
+    rpn: RpnConfig | None = Field(
+        default_factory=RpnConfig, description="null: proposals are given, by data.proposals (Fast R-CNN)"
+    )
     roi: AnyRoi = Align()
     rules: StageRules = Field(default_factory=StageRules)
     head: BoxHeadConfig = Field(default_factory=BoxHeadConfig)
@@ -81,7 +84,7 @@ class TwoStageConfig(Node):
 def assemble(
     backbone_config: BackboneConfig,
     neck_config: FpnConfig | None,
-    rpn: RpnConfig,
+    rpn: RpnConfig | None,
     roi: AnyRoi,
     stages: Sequence[tuple[BoxHeadConfig, StageRules]],
     num_classes: int,
@@ -106,7 +109,7 @@ def assemble(
     return TwoStageDetector(
         backbone=backbone,
         neck=neck,
-        rpn=rpn.build(neck.channels, neck.strides),
+        rpn=None if rpn is None else rpn.build(neck.channels, neck.strides),
         extractor=extractor,
         heads=heads,
         rules=[rules for _, rules in stages],
@@ -122,13 +125,14 @@ class TwoStageDetector(nn.Module):
 
     scale: Tensor
     shift: Tensor
+    average: Literal["probabilities", "logits"] = "probabilities"  # of the stages' classes
 
     def __init__(
         self,
         *,
         backbone: Backbone,
         neck: Fpn | NoNeck,
-        rpn: Rpn,
+        rpn: Rpn | None,
         extractor: RoiExtractor,
         heads: Sequence[BoxHead],
         rules: Sequence[StageRules],
@@ -141,11 +145,19 @@ class TwoStageDetector(nn.Module):
         self.register_buffer("shift", (-mean / std)[:, None, None], persistent=False)
 
     def forward(
-        self, images: Tensor, objects: Objects | None = None, sizes: Tensor | None = None
+        self,
+        images: Tensor,
+        objects: Objects | None = None,
+        sizes: Tensor | None = None,
+        proposals: Tensor | None = None,
     ) -> Outputs | TwoStageOutputs:
         """`sizes`: (B, 2) height, width of the images without padding, where `objects` do not tell.
 
-        Proposals end there, without either at the batch's edge.
+        Proposals end there, without either at the batch's edge.  `proposals`: (B, M, 4), of no area where padded, for a
+        network without an RPN, where `objects` do not bring them.
+
+        Raises:
+            ConfigError: there is no RPN and nobody gives proposals.
         """
         if objects is not None and objects.sizes is not None:
             sizes = objects.sizes
@@ -153,18 +165,31 @@ class TwoStageDetector(nn.Module):
             height, width = images.shape[-2:]
             sizes = torch.stack([self.scale.new_full((len(images),), float(n)) for n in (height, width)], 1)
         sizes = sizes.float()
-        images = images.contiguous(memory_format=torch.channels_last).to(self.scale.dtype)
-        maps = self.neck(self.backbone(torch.addcmul(self.shift, images, self.scale)))
-        rpn = self.rpn(maps)
+        maps = self._maps(images)
+        rpn = None if self.rpn is None else self.rpn(maps)
+        if self.rpn is None or rpn is None:
+            looked_at = _given(proposals if objects is None else objects.proposals)
+        else:
+            config = self.rpn.config
+            looked_at = self.rpn.propose(rpn, sizes, config.test if objects is None else config.train)
         if objects is None:
-            return self._detect(maps, self.rpn.propose(rpn, sizes, self.rpn.config.test), sizes)
-        proposals = self.rpn.propose(rpn, sizes, self.rpn.config.train)
+            return self._detect(maps, looked_at, sizes)
         stages: list[Stage] = []
         for i in range(len(self.heads)):
             if stages:
-                proposals = _refined(stages[-1], sizes)
-            stages.append(self._learn(i, maps, proposals, objects))
+                looked_at = _refined(stages[-1], sizes)
+            stages.append(self._learn(i, maps, looked_at, objects))
         return TwoStageOutputs(rpn, tuple(stages))
+
+    def propose(self, images: Tensor, sizes: Tensor, numbers: ProposalNumbers) -> Proposals:
+        """The RPN's proposals alone, of a network that has one."""
+        assert self.rpn is not None
+        return self.rpn.propose(self.rpn(self._maps(images)), sizes.float(), numbers)
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        images = images.contiguous(memory_format=torch.channels_last).to(self.scale.dtype)
+        maps: list[Tensor] = self.neck(self.backbone(torch.addcmul(self.shift, images, self.scale)))
+        return maps
 
     def _head(self, stage: int) -> BoxHead:
         head = self.heads[stage]
@@ -185,14 +210,23 @@ class TwoStageDetector(nn.Module):
         for i in range(len(self.heads)):
             head = self._head(i)
             logits, raw = self._look(i, maps, boxes)
-            scores.append(head.probabilities(logits))
+            scores.append(head.probabilities(logits) if self.average == "probabilities" else logits.float())
             outputs = Outputs(_priors(boxes), logits, raw, None, head.config.coder)
             if i + 1 < len(self.heads):
                 boxes = clip(outputs.boxes, sizes[:, None]).where(valid[..., None], 0.0)
-        logits = scores_as_logits(torch.stack(scores).mean(0))
+        mean = torch.stack(scores).mean(0)
+        logits = scores_as_logits(mean if self.average == "probabilities" else self._head(-1).probabilities(mean))
         return replace(outputs, class_logits=logits.where(valid[..., None], -torch.inf))
 
     def _learn(self, stage: int, maps: Sequence[Tensor], proposals: Proposals, objects: Objects) -> Stage:
+        boxes, found = self.choose(stage, maps, proposals, objects)
+        logits, raw = self._look(stage, maps, boxes)
+        return Stage(Outputs(_priors(boxes), logits, raw, None, self._head(stage).config.coder), found)
+
+    def choose(
+        self, stage: int, maps: Sequence[Tensor], proposals: Proposals, objects: Objects
+    ) -> tuple[Tensor, Assignment]:
+        """(B, S, 4) the boxes that the stage learns from, and what: assigned and sampled by its rules."""
         rules, head = self.rules[stage], self._head(stage)
         boxes, valid = _with_objects(proposals, objects) if rules.add_objects else proposals
         priors = _priors(boxes)
@@ -204,9 +238,16 @@ class TwoStageDetector(nn.Module):
         found = _only(rules.assigner(priors, objects), valid)
         found = rules.sampler(found, priors, objects, stage=stage + 1, losses=losses)
         slots, found = compact(found, min(rules.sampler.count, boxes.shape[1]))
-        boxes = boxes.gather(1, slots[..., None].expand(-1, -1, 4))
-        logits, raw = self._look(stage, maps, boxes)
-        return Stage(Outputs(_priors(boxes), logits, raw, None, head.config.coder), found)
+        return boxes.gather(1, slots[..., None].expand(-1, -1, 4)), found
+
+
+def _given(boxes: Tensor | None) -> Proposals:
+    if boxes is None:
+        raise ConfigError(
+            "the network has no RPN (model.rpn is null) and no proposals were given: set data.proposals, or pass them"
+            " to the detector with the images"
+        )
+    return Proposals(boxes, (boxes[..., 2:] > boxes[..., :2]).all(-1))
 
 
 def _priors(boxes: Tensor) -> Priors:

@@ -77,8 +77,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else list(KEYS)
     if missing:
         raise CheckpointError(
-            f"{path}: not a checkpoint of training: {missing[0]!r} is missing; weights alone go into"
-            " model.backbone.weights"
+            f"{path}: not a checkpoint of training: {missing[0]!r} is missing; a backbone's weights go into"
+            " model.backbone.weights, those of another toolkit's detector through convert_weights first"
         )
     return content
 

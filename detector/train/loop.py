@@ -108,7 +108,7 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
     complete = False
 
     with StopRequest() as stop, Log(files, horizon, state.step, device) as log:
-        for line in introduction(config, data, val, state.module, horizon, device):
+        for line in (*introduction(config, data, val, state.module, horizon, device), *state.started_from):
             log.say(line)
         for note in notes:
             log.say(f"note: {note}")

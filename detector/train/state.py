@@ -17,6 +17,7 @@ from detector.errors import CheckpointError
 from detector.train.checkpoint import Checkpoint, check_classes
 from detector.train.ema import Ema
 from detector.train.random import InitialWeights, seed_weights
+from detector.train.start import start_from
 from detector.train.step import TrainingModule
 
 # What may differ when a run goes on: where things are, how fast, what is reported, and how long the run is.
@@ -56,17 +57,19 @@ class TrainingState:
     step: int = 0
     scores: list[tuple[int, float]] = field(default_factory=list)  # (step, AP) of each evaluation
     numbers: dict[str, float] = field(default_factory=dict)  # COCO's, of the best evaluation
+    started_from: tuple[str, ...] = ()  # lines that say what was loaded of a whole detector's weights
 
     @classmethod
     def build(cls, config: RunConfig, index: CocoIndex, device: torch.device, load_weights: bool) -> TrainingState:
-        """The state before the first step; `load_weights=False` leaves the backbone random, for `restore`."""
-        settings = config.train
+        """The state before the first step; `load_weights=False` leaves the network random, for `restore`."""
+        settings, whole = config.train, config.weights if load_weights else None
         seed_weights(config.seed)
         with InitialWeights() as drawn:
-            model = config.network(len(index.classes), load_weights=load_weights)
+            model = config.network(len(index.classes), load_weights=load_weights and whole is None)
             criterion = config.criterion.build(config.assigner, len(index.classes))
             module = TrainingModule(model, criterion, settings.precision)
         drawn.again(module.named_parameters(), config.seed)
+        lines = [] if whole is None else start_from(whole, model, config, index.classes)
         # The order that convolutions are fastest in: on GPUs in half precision, on CPUs with AVX-512.  Only now, since
         # weights that move into new memory while `drawn` watches would not be known to it any more.
         module = module.to(device).to(memory_format=torch.channels_last).train()
@@ -77,6 +80,7 @@ class TrainingState:
             ema=settings.ema.build(module.model) if settings.ema is not None else None,
             optimizer=settings.optimizer.build(module, settings.batch_size),
             scaler=torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16"),
+            started_from=tuple(lines),
         )
 
     def checkpoint(self) -> Checkpoint:

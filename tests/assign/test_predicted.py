@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detector.assign import Assigner, DynamicSoftLabel, Hungarian, Ota, SimOta, TaskAligned
@@ -137,6 +140,24 @@ def test_hungarian_is_the_best_of_all_matchings(seed: int, count: int) -> None:
     mine = float(cost[found.object, found.prior].double().sum())
     assert len(found.object.unique()) == len(found.prior.unique()) == count
     assert mine == pytest.approx(least_total(cost), abs=1e-4)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_hungarian_finds_the_optimum_where_all_objects_want_the_same_priors(flat: bool) -> None:
+    """Far more objects than the priors that are tried first, at one place and of one class: it has to ask again."""
+    size = (160, 96)
+    priors = pyramid(size, strides=(8, 16, 32))
+    boxes = random_boxes(1, size, 3) + 0.01 * torch.arange(150)[:, None]
+    objects = with_sizes(batch(boxes), size)
+    objects = replace(objects, labels=torch.zeros_like(objects.labels))
+    said = predictions(priors, objects, 5)
+    if flat:  # a head that has learnt nothing: only the boxes tell priors apart
+        said = replace(said, class_logits=torch.full_like(said.class_logits, -4.6))
+    found, cost = Hungarian()(priors, objects, said), Hungarian().cost(priors, objects, said)
+    assert len(found.object.unique()) == len(found.prior.unique()) == len(found.prior) == 150
+    row, column = linear_sum_assignment(cost.numpy())
+    least = float(cost[row, column].double().sum())
+    assert float(cost[found.object, found.prior].double().sum()) == pytest.approx(least, abs=1e-5)
 
 
 def test_hungarian_with_more_objects_than_priors_uses_every_prior() -> None:

@@ -146,6 +146,24 @@ def test_convolutions_do_the_work_of_frozen_norms(name: str) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-3 * float(theirs.abs().max()), rtol=1e-3)
 
 
+def test_strides_in_the_first_convolution() -> None:
+    """As in Caffe's ResNets: the same maps' sizes and weights, other numbers (mmdetection's: see elsewhere)."""
+    torch.manual_seed(0)
+    late = BackboneConfig(name="resnet50", levels=(3,)).build().eval()
+    early = BackboneConfig(name="resnet50", levels=(3,), stride_in="1x1").build().eval()
+    nn.init.ones_(late.get_parameter("features.layer2.0.bn3.weight"))  # 0 at first: a block that does nothing
+    early.load_state_dict(late.state_dict())
+    block = early.features.get_submodule("layer2.0")
+    assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        (a,), (b,) = late(image), early(image)
+    assert a.shape == b.shape
+    assert (a - b).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match="resnet18 has no bottlenecks of a ResNet: leave it at '3x3'"):
+        BackboneConfig(name="resnet18", stride_in="1x1").build()
+
+
 def test_frozen_norms_without_weights_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         BackboneConfig(name="resnet18", norm="frozen_batch").build()

@@ -29,7 +29,7 @@ from detector.convert.torchvision import ARCHITECTURES, reorder
 from detector.decode import decode
 from detector.losses.two_stage import TwoStageCriterion
 from detector.models.fold import fold_batch_norm
-from detector.models.layers import replace_batch_norms
+from detector.models.norms import merge_frozen, replace_batch_norms
 from detector.models.two_stage import TwoStageDetector
 from detector.structures import Detections, Objects, Outputs
 
@@ -185,6 +185,7 @@ def build_ours(peer: nn.Module, device: torch.device) -> tuple[TwoStageDetector,
     assert isinstance(model, TwoStageDetector)
     model.load_state_dict({k: weights.get(k, torch.zeros_like(v)) for k, v in model.state_dict().items()})
     replace_batch_norms(model.backbone.features, "frozen_batch")
+    merge_frozen(model.backbone.features, 3)
     criterion = config.criterion.build(config.assigner, NUM_CLASSES)
     assert isinstance(criterion, TwoStageCriterion)
     return model.to(device).to(memory_format=torch.channels_last), criterion.to(device), config

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from detector.config.node import Node
 from detector.errors import CheckpointError, ConfigError
 from detector.models.freeze import freeze
-from detector.models.layers import BackboneNorm, replace_batch_norms
+from detector.models.layers import BackboneNorm
+from detector.models.norms import merge_frozen, replace_batch_norms
 from detector.models.strides import stride_first
 from detector.models.weights import LoadedWeights, load_weights
 from detector.pixels import RGB, Pixels
@@ -99,6 +100,8 @@ class Backbone(nn.Module):
         self._frozen = [] if frozen is None else freeze(features, frozen, pixels.channels)
         if config.norm is not None and replace_batch_norms(features, config.norm) == 0:
             raise ConfigError(f"backbone.norm: {config.name} has no batch norm to become {config.norm!r}; use null")
+        if config.norm == "frozen_batch":
+            merge_frozen(features, pixels.channels)
         for name in self._frozen:
             features.get_submodule(name).requires_grad_(False)
         self.features = features

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 ConvKind = Literal["plain", "separable"]
@@ -63,23 +62,42 @@ def groups_of(channels: int) -> int:
 class FrozenBatchNorm2d(nn.Module):
     """A batch norm that never changes again: one multiplication and one addition for each channel.
 
-    The statistics and the affine parameters of the batch norm it replaces are folded into two buffers, so nothing of it
-    is trained, averaged or moved by `train()`.  `act` is what the replaced norm did after normalising.
+    What it was is folded into two buffers, so nothing of it is trained, averaged or moved by `train()`.  `act` is what
+    the replaced norm did after normalising.  `merged`: the convolution before it already scaled and shifted.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, norm: nn.BatchNorm2d, act: nn.Module) -> None:
+    def __init__(self, scale: Tensor, shift: Tensor, act: nn.Module) -> None:
         super().__init__()
-        scale, shift = affine_of(norm)
-        self.register_buffer("scale", scale.to(norm.weight.dtype))
-        self.register_buffer("shift", shift.to(norm.weight.dtype))
-        self.act = act
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.act, self.merged = act, False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.act(x)
         scale, shift = self.scale.to(x.dtype)[:, None, None], self.shift.to(x.dtype)[:, None, None]
         return self.act(torch.addcmul(shift, x, scale))
+
+
+class ScaledConv2d(nn.Conv2d):
+    """A convolution that does the work of the frozen batch norm after it: weights are scaled instead of whole maps.
+
+    The norm keeps its buffers and is no child of this module, so names in the state are those of the two apart.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(conv.__dict__)
+        self.__dict__["norm"] = norm
+        norm.merged = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: FrozenBatchNorm2d = self.__dict__["norm"]
+        bias = norm.shift if self.bias is None else norm.shift + self.bias * norm.scale
+        return self._conv_forward(x, self.weight * norm.scale[:, None, None, None], bias)
 
 
 class GroupNorm2d(nn.GroupNorm):
@@ -91,43 +109,3 @@ class GroupNorm2d(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
-
-
-AnyBatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d
-
-
-def affine_of(norm: AnyBatchNorm) -> tuple[Tensor, Tensor]:
-    """(C,), (C,) float64: in inference the norm is `x * scale + shift`."""
-    if isinstance(norm, FrozenBatchNorm2d):
-        return norm.scale.double(), norm.shift.double()
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
-
-
-def activation_of(norm: nn.Module) -> nn.Module:
-    """What a norm does after normalising: timm's mobile networks keep the activation inside the norm."""
-    act = getattr(norm, "act", None)
-    return act if isinstance(act, nn.Module) else nn.Identity()
-
-
-def replace_batch_norms(module: nn.Module, kind: BackboneNorm) -> int:
-    """Turns every batch norm below `module` into `kind`, in place; returns how many there were."""
-    count = 0
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, _replacement(child, kind))
-            count += 1
-        else:
-            count += replace_batch_norms(child, kind)
-    return count
-
-
-def _replacement(norm: nn.BatchNorm2d, kind: BackboneNorm) -> nn.Module:
-    if kind == "frozen_batch":
-        return FrozenBatchNorm2d(norm, activation_of(norm))
-    if kind == "group":
-        return GroupNorm2d(norm.num_features, activation_of(norm))
-    # Statistics over all ranks; where training is not distributed, it is an ordinary batch norm.
-    return convert_sync_batchnorm(norm) if kind == "sync_batch" else norm

@@ -21,6 +21,7 @@ from torchvision import ops
 
 from detector.boxes import area, full_precision
 from detector.config.node import Node
+from detector.models.roi_gather import gather_align, gathers
 
 Bins = Annotated[int, Field(ge=1, le=64)]
 
@@ -55,7 +56,7 @@ class RoiOperator(Node):
         ratio = area(boxes).sqrt() / self.canonical_size
         # A box of exactly the canonical size must not fall below it by rounding.
         level = (self.canonical_level + ratio.clamp(min=1e-9).log2() + 1e-6).floor() - math.log2(strides[0])
-        return level.clamp(0, len(strides) - 1).long()
+        return level.clamp(0, len(strides) - 1).nan_to_num(0).long()
 
 
 class Align(RoiOperator):
@@ -74,6 +75,11 @@ class Align(RoiOperator):
         if self.reduce == "max" and self.sampling_ratio == 0:
             raise ValueError("reduce 'max' needs a fixed number of samples: set sampling_ratio to 1 or more")
         return self
+
+    @property
+    def regular(self) -> bool:
+        """Every bin is the mean of the same number of samples."""
+        return self.sampling_ratio > 0 and self.reduce == "average"
 
     def __call__(self, features: Tensor, rois: Tensor, scale: float) -> Tensor:
         if self.reduce == "average":
@@ -167,8 +173,8 @@ AnyRoi = Annotated[Align | Pool | PsAlign | PsPool | Precise, Field(discriminato
 class RoiExtractor(nn.Module):
     """L maps (B, C, H, W) and (B, S, 4) boxes -> (B * S, `channels`, h, w), every box from its own level.
 
-    Waits for the device once, to learn how many boxes each level has.  Computes in float32: half precision would round
-    coordinates to half a pixel.
+    Waits for the device once, to learn how many boxes each level has; RoIAlign of a fixed number of samples on a CPU
+    takes all levels at once.  Computes in float32: half precision would round coordinates to half a pixel.
     """
 
     def __init__(self, operator: RoiOperator, in_channels: int, strides: Sequence[int]) -> None:
@@ -189,16 +195,21 @@ class RoiExtractor(nn.Module):
             maps = [self.maps(x) for x in maps]
         image = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
         rois = torch.cat([image.repeat_interleave(boxes.shape[1])[:, None], boxes.flatten(0, 1)], dim=1)
-        if len(self.strides) == 1:
-            return self.operator(full_precision(maps[0]), rois, 1 / self.strides[0]).to(kind)
-        level = self.operator.levels(rois[:, 1:], self.strides)
+        operator, one = self.operator, len(self.strides) == 1
+        level = rois.new_zeros(len(rois)).long() if one else operator.levels(rois[:, 1:], self.strides)
+        maps = [full_precision(x) for x in maps]
+        if isinstance(operator, Align) and operator.regular and gathers(maps[0]):
+            n, aligned = operator.sampling_ratio, operator.aligned
+            return gather_align(maps, rois, level, self.strides, operator.size, n, aligned).to(kind)
+        if one:
+            return operator(maps[0], rois, 1 / self.strides[0]).to(kind)
         order = level.argsort(stable=True)
         counts = torch.bincount(level, minlength=len(self.strides)).tolist()
         parts = rois[order].split(counts)
         found: list[Tensor] = []
         ordered = None
         for x, part, rows, stride in zip(maps, parts, order.split(counts), self.strides, strict=True):
-            features = self.operator(full_precision(x), part, 1 / stride)
+            features = operator(x, part, 1 / stride)
             if torch.is_grad_enabled():
                 found.append(features)
                 continue

@@ -18,7 +18,7 @@ from detector.config.run import RunConfig
 from detector.convert.hub import SCHEME, from_torchvision
 from detector.errors import CheckpointError
 from detector.models import Network, TwoStageDetector
-from detector.models.layers import replace_batch_norms
+from detector.models.norms import replace_batch_norms
 from detector.train.checkpoint import Checkpoint, load_checkpoint
 
 # Settings of the model that do not change what its weights mean.

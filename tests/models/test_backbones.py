@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from detector.errors import CheckpointError, ConfigError
 from detector.models.backbones import BackboneConfig
 from detector.models.layers import FrozenBatchNorm2d
+from detector.models.norms import activation_of, affine_of, merge_frozen, replace_batch_norms
 
 NETWORKS = (
     "resnet18",
@@ -108,10 +110,40 @@ def test_a_frozen_batch_norm_is_the_batch_norm_of_evaluation(name: str) -> None:
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
-            frozen = FrozenBatchNorm2d(module, getattr(module, "act", nn.Identity())).train()
+            frozen = FrozenBatchNorm2d(*affine_of(module), activation_of(module)).float().train()
             x = torch.randn(2, module.num_features, 5, 4)
             torch.testing.assert_close(frozen(x), module.eval()(x), atol=1e-5, rtol=1e-5)
     assert not list(frozen.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_large_100"])
+def test_convolutions_do_the_work_of_frozen_norms(name: str) -> None:
+    """The same maps and gradients as with norms that work by themselves, the same state, and copies stand alone."""
+    apart = timm.create_model(name, pretrained=False, features_only=True)
+    for module in apart.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.bias, std=0.3)
+    replace_batch_norms(apart, "frozen_batch")
+    merged = copy.deepcopy(apart)
+    merge_frozen(merged, 3)
+    assert list(merged.state_dict()) == list(apart.state_dict())
+    norms = [m for m in merged.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert norms
+    assert all(norm.merged for norm in norms)
+    other = copy.deepcopy(merged)
+    for norm in norms:  # the copy's convolutions look at the copy's norms
+        norm.scale.zero_()
+    x = torch.randn(2, 3, 64, 64)
+    maps, expected = other.train()(x), apart.train()(x)
+    torch.testing.assert_close(maps, expected, atol=1e-4, rtol=1e-4)
+    gradients, wanted = (
+        torch.autograd.grad(found[-1].square().mean(), list(m.parameters()))
+        for found, m in ((maps, other), (expected, apart))
+    )
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3 * float(theirs.abs().max()), rtol=1e-3)
 
 
 def test_strides_in_the_first_convolution() -> None:

@@ -259,6 +259,34 @@ def test_the_form_for_a_deterministic_gpu_is_the_same(aligned: bool) -> None:
     assert not torch.allclose(found[1], kernel[1])
 
 
+def scattered(count: int, side: float) -> Tensor:
+    """(2, count, 4) boxes of all sizes, some of them outside of the image or without area."""
+    corner, size = torch.rand(2, count, 2) * 1.4 * side - 0.2 * side, torch.rand(2, count, 2).square() * side
+    size[:, 0] = 0
+    return torch.cat([corner, corner + size], -1)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_gathered_rows_equal_the_kernel(aligned: bool, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All levels at once, values and gradients; a box that is no number gives 0."""
+    torch.manual_seed(samples)
+    strides, boxes = (4, 8, 16), scattered(40, 100)
+    operator = Align(size=(3, 5), sampling_ratio=samples, aligned=aligned, canonical_size=32, canonical_level=3)
+    extractor = RoiExtractor(operator, 8, strides)
+    maps = [torch.randn(2, 8, 104 // s, 96 // s, requires_grad=True) for s in strides]
+    found = extractor(maps, boxes)
+    weights = torch.randn(found.shape)
+    gradients = torch.autograd.grad((found * weights).sum(), maps)
+    empty = extractor(maps, boxes.new_full((2, 1, 4), torch.nan))
+    assert torch.equal(empty, torch.zeros_like(empty))
+    monkeypatch.setattr("detector.models.roi.gathers", lambda x: False)
+    expected = extractor(maps, boxes)
+    assert expected.is_contiguous()
+    assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert_close(gradients, torch.autograd.grad((expected * weights).sum(), maps), atol=1e-3, rtol=1e-4)
+
+
 def test_half_precision_keeps_coordinates() -> None:
     """At x 1001 float16 knows only every half pixel: computed in it, 1001.25 would read another place."""
     extractor = RoiExtractor(Align(size=(1, 1), sampling_ratio=1), 1, (4,))

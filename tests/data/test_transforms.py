@@ -37,8 +37,8 @@ def noise(size: tuple[int, int], count: int, seed: int) -> Sample:
 
 
 def equal(a: Sample, b: Sample) -> bool:
-    names = [f.name for f in fields(Sample) if f.name not in ("outlines", "weight", "later")]
-    return a.weight is b.weight is None and all(
+    names = [f.name for f in fields(Sample) if f.name not in ("outlines", "weight", "later", "proposals")]
+    return a.weight is b.weight is a.proposals is b.proposals is None and all(
         np.array_equal(getattr(a, n), getattr(b, n), equal_nan=True) for n in names
     )
 

@@ -226,7 +226,10 @@ def test_command_writes_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "'speed': expected one or several of train, infer, assign, load, evaluate, augment, share, two_stage"),
+        (
+            ["speed"],
+            "'speed': expected one or several of train, infer, assign, load, evaluate, augment, share, two_stage",
+        ),
         (["--threads", "0"], "--threads: expected at least 1"),
         (["--quick", "--markdown", "x.md"], "--markdown: the times of a --quick run say nothing"),
     ],

@@ -21,7 +21,7 @@ from detector.errors import ConfigError, DataError
 from detector.lab.record import observe
 from detector.train.loop import train
 from tests.made_proposals import write_proposals
-from tests.test_two_stage_training import recipe
+from tests.test_two_stage_training import SHORT_TRAINING, recipe
 
 NAMES = ["fast_rcnn_r18", "r_cnn_r18"]
 
@@ -38,12 +38,7 @@ def given(name: str, folder: Path, *more: str, steps: int = 6) -> RunConfig:
             "augment=[{type: flip, horizontal: 0.5}]",
             "model.backbone.name=resnet10t",
             f"train.length={{steps: {steps}}}",
-            "train.batch_size=3",
-            "train.optimizer={type: adamw, lr: 2e-3, base_batch: null}",
-            "train.schedule.warmup={steps: 2}",
-            "train.ema=null",
-            "train.evaluate_every=null",
-            "train.pictures=0",
+            *SHORT_TRAINING,
             f"run.dir={folder}/run",
             *more,
         ],

@@ -20,6 +20,15 @@ from detector.train.loop import train
 from tests.train.compare import assert_same_training
 from tests.train.test_loop import stop_after
 
+SHORT_TRAINING = (
+    "train.batch_size=3",
+    "train.optimizer={type: adamw, lr: 2e-3, base_batch: null}",
+    "train.schedule.warmup={steps: 2}",
+    "train.ema=null",
+    "train.evaluate_every=null",
+    "train.pictures=0",
+)
+
 
 def recipe(name: str, folder: Path, *more: str, steps: int = 6) -> RunConfig:
     return load_config(
@@ -34,12 +43,7 @@ def recipe(name: str, folder: Path, *more: str, steps: int = 6) -> RunConfig:
             "model.head.channels=64",
             "model.roi.canonical_size=64",
             f"train.length={{steps: {steps}}}",
-            "train.batch_size=3",
-            "train.optimizer={type: adamw, lr: 2e-3, base_batch: null}",
-            "train.schedule.warmup={steps: 2}",
-            "train.ema=null",
-            "train.evaluate_every=null",
-            "train.pictures=0",
+            *SHORT_TRAINING,
             f"run.dir={folder}/run",
             *more,
         ],

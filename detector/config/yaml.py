@@ -38,6 +38,13 @@ class Document:
         return self.path
 
 
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are values, and an empty section is none."""
+    if not isinstance(values, dict):
+        return {prefix.rstrip("."): values}
+    return {k: v for name, value in values.items() for k, v in flat(value, f"{prefix}{name}.").items()}
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a number (YAML 1.1 reads a string) and refuses a key given twice."""
 

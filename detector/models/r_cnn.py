@@ -24,10 +24,8 @@ from detector.config.node import Node
 from detector.models.backbones import BackboneConfig
 from detector.models.roi_head import BoxHeadConfig
 from detector.models.single_level import NoNeck
-from detector.models.stages import TwoStageOutputs
 from detector.models.two_stage import StageRules, TwoStageDetector
 from detector.pixels import RGB, Pixels
-from detector.structures import Objects, Outputs
 
 AT_ONCE = 64  # crops that go through the backbone together outside of training
 
@@ -83,23 +81,11 @@ class RCnnDetector(TwoStageDetector):
             rules=[config.rules],
         )
 
-    def forward(
-        self,
-        images: Tensor,
-        objects: Objects | None = None,
-        sizes: Tensor | None = None,
-        proposals: Tensor | None = None,
-    ) -> Outputs | TwoStageOutputs:
-        """As `TwoStageDetector.forward`; the batch's padding gets the mean colour, as all that lies outside."""
-        known = sizes if objects is None or objects.sizes is None else objects.sizes
-        if known is not None:
-            rows, columns = (torch.arange(n, device=images.device) for n in images.shape[-2:])
-            inside = (rows < known[:, :1])[:, None, :, None] & (columns < known[:, 1:])[:, None, None]
-            images = images.to(self.scale.dtype).where(inside, -self.shift / self.scale)
-        return super().forward(images, objects, sizes, proposals)
-
-    def _maps(self, images: Tensor) -> list[Tensor]:
-        return [torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)]
+    def _maps(self, images: Tensor, sizes: Tensor) -> list[Tensor]:
+        """The normalised images; their padding has the mean colour, as all that lies outside."""
+        rows, columns = (torch.arange(n, device=images.device) for n in images.shape[-2:])
+        inside = (rows < sizes[:, :1])[:, None, :, None] & (columns < sizes[:, 1:])[:, None, None]
+        return [torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale).where(inside, 0.0)]
 
     def _look(self, stage: int, maps: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled():

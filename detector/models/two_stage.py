@@ -165,7 +165,7 @@ class TwoStageDetector(nn.Module):
             height, width = images.shape[-2:]
             sizes = torch.stack([self.scale.new_full((len(images),), float(n)) for n in (height, width)], 1)
         sizes = sizes.float()
-        maps = self._maps(images)
+        maps = self._maps(images, sizes)
         rpn = None if self.rpn is None else self.rpn(maps)
         if self.rpn is None or rpn is None:
             looked_at = _given(proposals if objects is None else objects.proposals)
@@ -184,9 +184,10 @@ class TwoStageDetector(nn.Module):
     def propose(self, images: Tensor, sizes: Tensor, numbers: ProposalNumbers) -> Proposals:
         """The RPN's proposals alone, of a network that has one."""
         assert self.rpn is not None
-        return self.rpn.propose(self.rpn(self._maps(images)), sizes.float(), numbers)
+        return self.rpn.propose(self.rpn(self._maps(images, sizes)), sizes.float(), numbers)
 
-    def _maps(self, images: Tensor) -> list[Tensor]:
+    def _maps(self, images: Tensor, sizes: Tensor) -> list[Tensor]:
+        """What boxes are looked up in; here the padding beyond `sizes` is seen as the backbone sees it."""
         images = images.contiguous(memory_format=torch.channels_last).to(self.scale.dtype)
         maps: list[Tensor] = self.neck(self.backbone(torch.addcmul(self.shift, images, self.scale)))
         return maps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class LoadedWeights:
     def __str__(self) -> str:
         parts = sorted({key.split(".")[0] for key in self.unused})
         return f"{len(self.loaded)} tensors loaded, {len(self.unused)} not used" + (
-            f" ({_some(parts)})" if parts else ""
+            f" ({some(parts)})" if parts else ""
         )
 
 
@@ -59,11 +60,11 @@ def load_weights(features: nn.Module, path: Path, *, name: str, known: set[str],
     ]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} of {len(wanted)} tensors are missing ({_some(missing)})")
+        problems.append(f"{len(missing)} of {len(wanted)} tensors are missing ({some(missing)})")
     if misfits:
-        problems.append(f"{len(misfits)} have another shape ({_some(misfits)})")
+        problems.append(f"{len(misfits)} have another shape ({some(misfits)})")
     if foreign:
-        problems.append(f"{len(foreign)} belong to no part of it ({_some(foreign)})")
+        problems.append(f"{len(foreign)} belong to no part of it ({some(foreign)})")
     if problems:
         raise CheckpointError(
             f"{path}: not the weights of {name}: {'; '.join(problems)};"
@@ -108,8 +109,9 @@ def _flattened(key: str) -> str:
     return re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", key)
 
 
-def _some(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def some(names: Sequence[str], count: int = 3) -> str:
+    """The first of the names, for a message."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _first_line(error: Exception) -> str:

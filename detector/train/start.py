@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detector.config.load import from_snapshot
 from detector.config.run import RunConfig
+from detector.config.yaml import flat
 from detector.convert.hub import SCHEME, from_torchvision
 from detector.errors import CheckpointError
 from detector.models import Network, TwoStageDetector
 from detector.models.norms import replace_batch_norms
+from detector.models.weights import some
 from detector.train.checkpoint import Checkpoint, load_checkpoint
 
 # Settings of the model that do not change what its weights mean.
@@ -104,7 +105,7 @@ class _Given:
 
     def differences(self, config: RunConfig, network: Network) -> list[str]:
         """Settings that change what the weights mean, without changing their shapes."""
-        before, now = (_flat(c.model.model_dump(mode="json")) for c in (self.config, config))
+        before, now = (flat(c.model.model_dump(mode="json")) for c in (self.config, config))
         for values, one in ((before, self.network), (now, network)):
             # Those that the network uses, where the configuration leaves them to timm.
             values |= {f"backbone.{k}": [round(v, 2) for v in getattr(one.backbone, k)] for k in ("mean", "std")}
@@ -131,12 +132,12 @@ def _check(expected: Mapping[str, Tensor], own: Mapping[str, Tensor], source: st
     misfits = [k for k in own if k in expected and own[k].shape != expected[k].shape]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} tensors of the recipe's model are not there ({_some(missing)})")
+        problems.append(f"{len(missing)} tensors of the recipe's model are not there ({some(missing)})")
     if foreign:
-        problems.append(f"{len(foreign)} that are there have no place in it ({_some(foreign)})")
+        problems.append(f"{len(foreign)} that are there have no place in it ({some(foreign)})")
     if misfits:
         shapes = [f"{k} {tuple(expected[k].shape)} instead of {tuple(own[k].shape)}" for k in misfits]
-        problems.append(f"{len(misfits)} have another shape ({_some(shapes)})")
+        problems.append(f"{len(misfits)} have another shape ({some(shapes)})")
     if problems:
         raise CheckpointError(
             f"{source}: not the weights of the recipe's model: {'; '.join(problems)}: make the recipe's model as that"
@@ -174,15 +175,5 @@ def _said(
         return f"freshly initialised, since no class is the same {what}: {', '.join(kept)}"
     names = {now[label] for _, label in shared}
     fresh = [name for name in now if name not in names]
-    some = f"those of {_some(fresh, 8)} are freshly initialised" if fresh else "none are new"
-    return f"in {', '.join(rows)} the rows of {_some(sorted(names), 8)} were loaded, {some} {what}"
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): values}
-    return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+    others = f"those of {some(fresh, 8)} are freshly initialised" if fresh else "none are new"
+    return f"in {', '.join(rows)} the rows of {some(sorted(names), 8)} were loaded, {others} {what}"

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 import detector
 from detector.config.run import RunConfig
+from detector.config.yaml import flat
 from detector.data.coco import CocoIndex
 from detector.data.places import place_key
 from detector.errors import CheckpointError
@@ -135,7 +136,7 @@ def check_same_run(content: Checkpoint, config: dict[str, Any], path: Path) -> l
     Raises:
         CheckpointError: a key differs that makes it another run.
     """
-    before, now = _flat(content["config"]), _flat(config)
+    before, now = flat(content["config"]), flat(config)
     lines = []
     for key in [*now, *(k for k in before if k not in now)]:
         if before.get(key) == now.get(key):
@@ -148,10 +149,3 @@ def check_same_run(content: Checkpoint, config: dict[str, Any], path: Path) -> l
             )
         lines.append(change)
     return lines
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists are values."""
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): values}
-    return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}{name}.").items()}

@@ -96,7 +96,8 @@ def _run(options: argparse.Namespace) -> int:
         new = keep([s.cell for s in summary.finished], options.keep)
         kept = {name: tables[name] for name in ("tables.md", "cells.csv")}
         for name, text in {**kept, **small_pictures(summary)}.items():
-            write_whole(options.keep / name, text.encode())
+            # Errors name files of the study's folder, which is of no use on another machine.
+            write_whole(options.keep / name, text.replace(f"{out.resolve()}/", "").encode())
         print(f"{options.keep}: {new} more cells, and the tables, kept")
     write_whole(out / "report.html", report(summary).encode())
     print(f"{out / 'report.html'}: the report; tables.md, tables.tex, cells.csv and summary.json beside it")

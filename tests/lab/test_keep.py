@@ -86,6 +86,18 @@ def test_a_setting_newer_than_the_cell(copy: Copy, capsys: pytest.CaptureFixture
     assert "train.clip_norm was None and is now 3" in capsys.readouterr().err
 
 
+def test_kept_tables_name_no_place_of_this_machine(kept: tuple[Place, Path]) -> None:
+    here, folder = kept
+    cell = here.cell("two", 1)
+    (cell / "result.json").unlink()
+    failure = {"kind": "failed", "reason": f"{cell.resolve()}/run/last.pt: damaged"}
+    (cell / "failure.json").write_text(json.dumps(failure))
+    assert here.compare("--report-only", "--keep", str(folder)) == 1
+    note = "failed: cells/data/two/seed-1/run/last.pt: damaged"
+    assert note in (folder / "tables.md").read_text(encoding="utf-8")
+    assert str(here.out.resolve()) not in (folder / "tables.md").read_text(encoding="utf-8")
+
+
 def test_a_damaged_file_is_named(kept: tuple[Place, Path], capsys: pytest.CaptureFixture[str]) -> None:
     here, folder = kept
     broken = folder / "cells" / "data" / "one" / "seed-0.zip"

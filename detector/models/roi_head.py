@@ -6,7 +6,7 @@ Legend: B images, S proposals of an image, M proposals of all images, K classes,
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from detector.coders import Deltas
 from detector.config.node import Node
 from detector.models.layers import NormKind, conv2d, norm2d
+from detector.models.roi_gather import gathers
 
+AS_CONVOLUTION = 512  # proposals from which on a fully connected layer is computed as a convolution
 R_CNN = (0.1, 0.1, 0.2, 0.2)  # standard deviations of the deltas that Girshick's Fast R-CNN divides by
 
 
@@ -106,9 +108,11 @@ class BoxHead(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         x = self.convs(features if self.stage is None else self.stage(features))
-        x = x.flatten(1) if self.stage is None else x.mean((2, 3))
+        if self.stage is not None:
+            x = x.mean((2, 3))
         for layer in self.linear:
-            x = F.relu(layer(x), inplace=True)
+            x = F.relu(layer(x) if x.ndim == 2 else _of_all_bins(layer, x), inplace=True)
+        x = x.flatten(1)
         raw = self.box(x)
         return self.classes(x), raw if self.config.class_agnostic else raw.unflatten(1, (self.num_classes, 4))
 
@@ -117,6 +121,18 @@ class BoxHead(nn.Module):
         if self.config.classifier == "softmax":
             return logits.float().softmax(-1)[..., :-1]
         return logits.float().sigmoid()
+
+
+def _of_all_bins(layer: nn.Module, x: Tensor) -> Tensor:
+    """(M, C, h, w) -> (M, out): a fully connected layer on everything in a proposal's bins.
+
+    On a CPU, and of many proposals, as the convolution with one bin as large as the map that it is: oneDNN needs about
+    half of a matrix product's time, and no copy out of channels_last.  For few, preparing its weight costs more.
+    """
+    assert isinstance(layer, nn.Linear)
+    if not gathers(x) or len(x) < AS_CONVOLUTION:
+        return cast(Tensor, layer(x.flatten(1)))
+    return F.conv2d(x, layer.weight.unflatten(1, x.shape[1:]), layer.bias).flatten(1)
 
 
 def class_losses(classifier: str, logits: Tensor, target: Tensor) -> Tensor:

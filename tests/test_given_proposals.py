@@ -24,6 +24,7 @@ from tests.made_proposals import write_proposals
 from tests.test_two_stage_training import SHORT_TRAINING, recipe
 
 NAMES = ["fast_rcnn_r18", "r_cnn_r18"]
+CASCADE = ("model.rpn=null", "model.neck.extra=none", "criterion.rpn=null", "assigner=null")
 
 
 def given(name: str, folder: Path, *more: str, steps: int = 6) -> RunConfig:
@@ -60,10 +61,12 @@ def test_shapes_by_heart(name: str, tmp_path: Path) -> None:
     assert train(RunConfig.model_validate(config.model_dump() | {"data": data})).numbers["AP"] > least
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "cascade_rcnn_r18"])
 def test_trained_evaluated_observed_and_asked(name: str, tmp_path: Path) -> None:
     """Alone or among others, an image has the same detections; what is missing or too much is said."""
-    config = given(name, tmp_path, "decode.score_threshold=0.001", "train.pictures=1", "train.probe={images: 1}")
+    more = CASCADE if name == "cascade_rcnn_r18" else ()
+    extras = ("decode.score_threshold=0.001", "train.pictures=1", "train.probe={images: 1}")
+    config = given(name, tmp_path, *more, *extras)
     outcome = train(config)
     record = observe(config, tmp_path / "run" / "last.pt", "val")
     assert record.result.numbers == outcome.numbers

@@ -86,6 +86,7 @@ class ScaledConv2d(nn.Conv2d):
     """A convolution that does the work of the frozen batch norm after it: weights are scaled instead of whole maps.
 
     The norm keeps its buffers and is no child of this module, so names in the state are those of the two apart.
+    The scaled weight is not kept for the backward pass, but scaled again: else every weight would be in memory twice.
     """
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
@@ -97,7 +98,18 @@ class ScaledConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         norm: FrozenBatchNorm2d = self.__dict__["norm"]
         bias = norm.shift if self.bias is None else norm.shift + self.bias * norm.scale
-        return self._conv_forward(x, self.weight * norm.scale[:, None, None, None], bias)
+        scale = norm.scale[:, None, None, None]
+        weight = self.weight * scale
+        place = weight.data_ptr()
+
+        def keep(saved: Tensor) -> Tensor | None:
+            return None if saved.data_ptr() == place else saved
+
+        def scaled_again(kept: Tensor | None) -> Tensor:
+            return self.weight.detach() * scale if kept is None else kept
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, scaled_again):
+            return self._conv_forward(x, weight, bias)
 
 
 class GroupNorm2d(nn.GroupNorm):

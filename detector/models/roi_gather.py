@@ -46,7 +46,7 @@ def gather_align(
         width_of, cells = width.long(), (height * width).long()
         first = level.new_tensor(starts)[level] + rois[:, 0].long() * cells
         row = first[:, None, None] + row * width_of[:, None, None]
-        cell = row[:, :, None, :, None] + column[:, None, :, None, :]  # (M, h, w, 2 n, 2 n)
+        cell = (row[:, :, None, :, None] + column[:, None, :, None, :]).int()  # (M, h, w, 2 n, 2 n)
         weight = down[:, :, None, :, None] * across[:, None, :, None, :]
     table = torch.cat([x.permute(0, 2, 3, 1).reshape(-1, channels) for x in maps])
     bins = len(rois) * size[0] * size[1]

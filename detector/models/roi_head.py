@@ -126,11 +126,12 @@ class BoxHead(nn.Module):
 def _of_all_bins(layer: nn.Module, x: Tensor) -> Tensor:
     """(M, C, h, w) -> (M, out): a fully connected layer on everything in a proposal's bins.
 
-    On a CPU, and of many proposals, as the convolution with one bin as large as the map that it is: oneDNN needs about
-    half of a matrix product's time, and no copy out of channels_last.  For few, preparing its weight costs more.
+    In inference on a CPU, of many proposals, as the convolution with one bin as large as the map that it is: oneDNN
+    needs about half of a matrix product's time, and no copy out of channels_last.  For few, preparing the weight costs
+    more; with a gradient it takes twice the memory.
     """
     assert isinstance(layer, nn.Linear)
-    if not gathers(x) or len(x) < AS_CONVOLUTION:
+    if torch.is_grad_enabled() or not gathers(x) or len(x) < AS_CONVOLUTION:
         return cast(Tensor, layer(x.flatten(1)))
     return F.conv2d(x, layer.weight.unflatten(1, x.shape[1:]), layer.bias).flatten(1)
 

@@ -19,10 +19,13 @@ def test_many_proposals_have_the_same_layers_as_few(proposals: int, memory: torc
     features = torch.randn(proposals, 6, 3, 2).to(memory_format=memory).requires_grad_()
     wanted = features.detach().clone().requires_grad_()
 
+    with torch.no_grad():
+        inferred = head(features)
     found = head(features)
     assert [x.shape for x in found] == [(proposals, 5), (proposals, 4, 4)]
     plain = _plainly(head, wanted)
     assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    assert_close(inferred, plain, rtol=1e-5, atol=1e-5)
 
     parameters = list(head.parameters())
     ours, theirs = (

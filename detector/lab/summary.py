@@ -20,6 +20,7 @@ from detector.lab.study import StudyConfig
 from detector.lab.verdict import Comparison, Estimate, judge
 
 SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100")
+NAMED = 8  # cells that are not finished and of which there is nothing else to say
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,12 @@ class Summary:
         study, notes = self.study, []
         if self.unfinished:
             notes.append(f"{len(self.unfinished)} of {len(self.standings)} cells are not finished and count nowhere")
-        notes += [f"{s.cell.name}: {s.state}" + (f": {s.reason}" if s.reason else "") for s in self.unfinished]
+        notes += [f"{s.cell.name}: {s.state}: {s.reason}" for s in self.unfinished if s.reason]
+        quiet = [s for s in self.unfinished if not s.reason]
+        for state in sorted({s.state for s in quiet}):
+            names = [s.cell.name for s in quiet if s.state == state]
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            notes.append(f"{state}: {', '.join(names[:NAMED])}{more}")
         unannounced = [d for d in self.differences if not d.announced]
         if unannounced:
             arms = sorted({d.arm for d in unannounced})

@@ -200,7 +200,7 @@ def test_a_cell_of_another_configuration_is_not_counted(copy: Copy, capsys: pyte
     assert "--out" in shown
 
 
-def test_half_finished(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_finished(copy: Copy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A report of what is there: each finished cell once, the others by name, pairs only where both are finished."""
     here = copy()
     (here.cell("two", 1) / "result.json").unlink()
@@ -211,12 +211,15 @@ def test_half_finished(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
     assert here.compare("--report-only") == 1
     shown = capsys.readouterr().out
     assert "note: 2 of 4 cells are not finished" in shown
-    assert "note: data/one/seed-0: started" in shown
+    assert "note: started: data/one/seed-0, data/two/seed-1\n" in shown
     summary = json.loads((here.out / "summary.json").read_text())
     assert [(r["arm"], r["seeds"], r["missing"]) for r in summary["rows"]] == [("one", [1], [0]), ("two", [0], [1])]
     assert [r["scores"]["AP"]["count"] for r in summary["rows"]] == [1, 1]
     assert all(not r["comparisons"] for r in summary["rows"])  # no seed in common
     assert len((here.out / "cells.csv").read_text().splitlines()) == 3
+    monkeypatch.setattr("detector.lab.summary.NAMED", 1)  # of a large study a few names must do
+    assert here.compare("--report-only") == 1
+    assert "note: started: data/one/seed-0 and 1 more\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -14,7 +14,9 @@ from detector.seeding import STEP, integer
 from detector.structures import BACKGROUND, IGNORED, Objects, Predictions, Priors
 from tests.assign.make import EXACT, ONE_ANCHOR, POINT, batch, pyramid, random_boxes, without_grids
 from tests.assign.test_guarantees import NeverWaits
+from tests.assign.test_rules_dense import assert_same
 from tests.reference import iqdet as plain
+from tests.reference.rules_dense import dense_rule
 
 SIZE = (96, 128)
 STRIDES = (8, 16, 32)
@@ -142,6 +144,7 @@ def test_the_reference_assigns_the_same(shapes: tuple[tuple[float, float], ...],
         assert quality == pytest.approx(taken[p][1], abs=1e-5)
     assert set(found.ignored[0].nonzero().squeeze(1).tolist()) == ignored
     assert ignored or not encoder
+    assert_same(dense_rule(rule, priors, objects, said(priors, objects, mixture)), found)  # and so does the dense form
 
 
 def test_random_numbers_are_the_reference_hash() -> None:

@@ -24,12 +24,14 @@ from detector.assign import (
     CenterGaussian,
     CenterRegion,
     DualWeight,
+    IqDet,
     Paa,
     PointScale,
     Uniform,
     YoloBest,
     YoloRatio,
 )
+from detector.assign.distribution import random_numbers
 from detector.structures import Assignment, Objects, Predictions, Priors
 from tests.reference.assign_dense import (
     all_ious,
@@ -50,6 +52,8 @@ class Image:
     logits: Tensor  # (R, K)
     said: Tensor  # (R, 4)
     quality: Tensor | None  # (R,)
+    objects: Objects
+    mixture: Tensor | None  # (n, L, M, 5)
 
 
 @dataclass
@@ -81,7 +85,13 @@ def dense_rule(rule: Assigner, priors: Priors, objects: Objects, predictions: Pr
                 background[i] = score_of(predictions.class_logits[i], quality) ** rule.score_power
             continue
         image = Image(
-            objects.boxes[mine], objects.labels[mine], predictions.class_logits[i], predictions.boxes[i], quality
+            objects.boxes[mine],
+            objects.labels[mine],
+            predictions.class_logits[i],
+            predictions.boxes[i],
+            quality,
+            objects.select_image(i),
+            None if predictions.mixture is None else predictions.mixture[mine],
         )
         answer = function(rule, priors, image)
         ones = torch.ones(len(answer.prior))
@@ -354,6 +364,72 @@ def dual_weight(rule: DualWeight, priors: Priors, image: Image) -> Answer:
     return Answer(row, owner, quality=w / (w + negative), weight=w + negative, background=background)
 
 
+def iqdet(rule: IqDet, priors: Priors, image: Image) -> Answer:
+    """The value of every object's distribution at every prior; of the points, the priors that they are nearest to."""
+    middle, half = (image.boxes[:, :2] + image.boxes[:, 2:]) / 2, (image.boxes[:, 2:] - image.boxes[:, :2]) / 2
+    half = half.clamp(min=1e-6)
+    place = (prior_centers(priors)[:, None] - middle) / half  # (R, n, 2)
+    inside = (place.abs() < 1).all(-1)
+    level, best = levels_of(priors), best_shapes(priors, image.boxes)
+    shape = torch.cat([torch.arange(len(g.shapes)).repeat(g.height * g.width) for g in priors.grids])
+    counts = torch.stack([part.any(0) for part in inside.split(priors.level_sizes)])  # (L, n)
+    counts[0] |= ~counts.any(0)
+    mixture = static_mixture(rule, priors, image.boxes, counts) if image.mixture is None else image.mixture
+    mean, deviation, share = mixture[..., :2], mixture[..., 2:4], mixture[..., 4] * counts.T[..., None]
+    value = torch.zeros(len(priors), len(middle))
+    for m in range(mixture.shape[2]):
+        away = (place - mean[:, level, m].transpose(0, 1)) / deviation[:, level, m].transpose(0, 1)
+        value += share[:, level, m].T * (away.square().sum(-1) / -2).exp()
+
+    # Points: a component by its mass within the object, then both axes by the inverse of the cut off normal.
+    mean, deviation, share = mean.double().flatten(1, 2), deviation.double().flatten(1, 2), share.double().flatten(1)
+    low, high = (torch.special.ndtr((end - mean) / deviation) for end in (-1.0, 1.0))
+    upto = (share * (deviation * (high - low)).prod(-1)).cumsum(1)
+    random = random_numbers(image.objects, rule.samples)  # (n, S, 3)
+    chosen = torch.searchsorted(upto, random[..., 0] * upto[:, -1:], right=True).clamp(max=upto.shape[1] - 1)
+    row = torch.arange(len(middle))[:, None]
+    mean, deviation, low, high = (t[row, chosen] for t in (mean, deviation, low, high))
+    point = (mean + deviation * torch.special.ndtri(low + (high - low) * random[..., 1:])).clamp(-1, 1)
+    point = middle.double()[:, None] + point * half.double()[:, None]  # (n, S, 2) pixels
+    claims = torch.zeros_like(inside)
+    start = 0
+    for i, g in enumerate(priors.grids):
+        cell = (point / g.stride - g.offset + 0.5).floor().long()
+        cell = torch.minimum(cell.clamp(min=0), torch.tensor([g.width - 1, g.height - 1]))
+        prior = start + (cell[..., 1] * g.width + cell[..., 0]) * len(g.shapes) + best[i][:, None]
+        mine = chosen // mixture.shape[2] == i
+        claims[prior[mine], row.expand_as(prior)[mine]] = True
+        start += g.size
+    highest, index = best_column(value, claims & inside)
+    taken = (highest > -torch.inf)[:, None] & (index[:, None] == torch.arange(len(middle)))
+    prior, owner = taken.nonzero(as_tuple=True)
+    good = (value >= rule.negative_quality) & inside & (shape[:, None] == best[level])
+    return Answer(prior, owner, quality=value[prior, owner], ignored=good.any(1))
+
+
+def best_shapes(priors: Priors, boxes: Tensor) -> Tensor:
+    """(L, n): which shape of a level overlaps the object most, both at one place."""
+    own, found = boxes[:, 2:] - boxes[:, :2], []
+    for g in priors.grids:
+        size = torch.tensor(g.shapes)[:, None]
+        shared = torch.minimum(size, own).prod(-1)
+        iou = shared / (size.prod(-1) + own.prod(-1) - shared).clamp(min=1e-12)
+        found.append((iou == iou.amax(0)).byte().argmax(0))
+    return torch.stack(found)
+
+
+def static_mixture(rule: IqDet, priors: Priors, boxes: Tensor, counts: Tensor) -> Tensor:
+    """(n, L, 1, 5): a Gaussian at the centre, on levels by how many octaves their priors are from the object's size."""
+    best = best_shapes(priors, boxes)
+    size = torch.stack([torch.tensor(g.shapes)[b] for g, b in zip(priors.grids, best, strict=True)]).double()
+    octaves = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).double().log2().mean(-1) - size.log2().mean(-1)  # (L, n)
+    fit = ((octaves / rule.level_deviation) ** 2 / -2).masked_fill(~counts, -torch.inf)
+    share = (fit - fit.amax(0)).exp().float().T[..., None, None]
+    return torch.cat(
+        [torch.zeros_like(share).repeat(1, 1, 1, 2), (0 * share + rule.deviation).repeat(1, 1, 1, 2), share], -1
+    )
+
+
 def score_of(logits: Tensor, quality: Tensor | None) -> Tensor:
     return logits.sigmoid() if quality is None else logits.sigmoid() * quality.sigmoid()[:, None]
 
@@ -367,4 +443,5 @@ RULES: dict[type[Assigner], Callable[[Any, Priors, Image], Answer]] = {
     CenterRegion: center_region,
     Paa: paa,
     DualWeight: dual_weight,
+    IqDet: iqdet,
 }

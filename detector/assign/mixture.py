@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detector.assign import around
 from detector.assign.atss import Atss
-from detector.assign.base import Assigner, from_index
+from detector.assign.base import Assigner, from_index, nothing
 from detector.assign.geometry import Owners, every_prior, iou_xy, kinds
 from detector.assign.order import LAST, index_of, keys, tier_of
 from detector.assign.overlap import ROUNDING, MaxIou
@@ -60,6 +60,8 @@ class Paa(Assigner):
         """Among pairs proposed by any rule."""
         if around.may_ask(proposed.weight.device):  # most pairs of a rule that gives each prior one are padding
             real = (proposed.weight > 0).nonzero().squeeze(1)
+            if not len(real):
+                return nothing(priors, objects)
             index = {name: getattr(proposed, name)[real] for name in ("prior", "object", "quality", "weight")}
             proposed = replace(proposed, **index)
         logits, said = predictions.class_logits.flatten(0, 1), predictions.boxes.flatten(0, 1)

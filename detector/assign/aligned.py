@@ -89,22 +89,23 @@ class TaskAligned(Assigner):
         (many, size), classes = tiles.prior.shape, predictions.class_logits.shape[2]
         logits, quality = predictions.class_logits.reshape(-1), predictions.quality_logits
         highest = scores(predictions.class_logits.amax(2), quality).pow_(self.alpha).mul_(1 + SLACK)  # (B, R)
-        promised = highest[:, tiles.prior].amax(2)  # (B, T)
+        promised = tiles.rows(highest).amax(1)  # (B, T)
 
         def fit(tile: Tensor, image: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
             """(..., M) image * R + prior, and what the box is worth; image (...), own (..., 4)."""
-            flat = tiles.prior[tile].add_((image * count)[..., None])
+            flat = tiles.prior.index_select(0, tile.flatten()).unflatten(0, tile.shape).add_((image * count)[..., None])
             return flat, bounds.exact_iou(image * many + tile, own).square_().pow_(self.beta / 2)
 
         def worth(flat: Tensor, label: Tensor) -> Tensor:
             """What the score is worth."""
-            theirs = logits[(flat * classes).add_(label)]
-            return scores(theirs, None if quality is None else quality.reshape(-1)[flat]).pow_(self.alpha)
+            theirs = logits.index_select(0, (flat * classes).add_(label).flatten()).unflatten(0, flat.shape)
+            return scores(theirs, None if quality is None else quality.take(flat)).pow_(self.alpha)
 
         picked, alignments = [], []
         for part in chunks(len(objects), 2 * many):
             image, label, own = objects.image[part], objects.labels[part], objects.boxes[part]
-            promise = bounds.iou(objects, part).square_().pow_(self.beta / 2).mul_(promised[image])  # (n, T)
+            promise = bounds.iou(image, own).square_().pow_(self.beta / 2)
+            promise.mul_(promised.index_select(0, image))  # (n, T)
             first = bounds.first(promise, min(max(LEAD, -(-k // size)), many // BLOCK))
             flat, box = fit(first, image[:, None], own[:, None])
             known = worth(flat, label[:, None, None]).mul_(box).mul_(tiles.real[first]).flatten(1)
@@ -114,9 +115,9 @@ class TaskAligned(Assigner):
             row = place.div(many, rounding_mode="floor")
             tile = place - row * many
             flat, box = fit(tile, image[row], own[row])
-            could = (highest.view(-1)[flat] * box >= least[row, None]) & tiles.real[tile]
+            could = (highest.take(flat).mul_(box) >= least[row, None]) & tiles.real.index_select(0, tile)
             place = could.view(-1).nonzero().squeeze(1)
-            row, flat, box = row[place.div(size, rounding_mode="floor")], flat.view(-1)[place], box.view(-1)[place]
+            row, flat, box = row.take(place.div(size, rounding_mode="floor")), flat.take(place), box.take(place)
             # Side by side in a table, as wide as the object with most of them needs.
             number = torch.zeros_like(label).scatter_add_(0, row, torch.ones_like(row))
             place = torch.arange(len(row)) - (number.cumsum(0) - number)[row]

@@ -89,14 +89,16 @@ def _rows(table: _Table, rows: Tensor, start: Tensor, cells: Tensor, number: Ten
     """The priors of a row of cells follow one another: each region is a list of such runs, laid end to end."""
     columns, heights = (cells[..., 0] * table.shapes).flatten(), cells[..., 1].flatten()
     place = torch.arange(len(heights)).repeat_interleave(heights)  # (Q,) object and level of each run
-    down = torch.arange(len(place)) - (heights.cumsum(0) - heights)[place]
+    down = torch.arange(len(place)) - (heights.cumsum(0) - heights).index_select(0, place)
     head = (table.first + (start[..., 1] * table.extent[:, 0] + start[..., 0]) * table.shapes).flatten()
-    head = head[place] + down * (table.extent[:, 0] * table.shapes).repeat(len(rows))[place]
-    length = columns[place]
+    step = (table.extent[:, 0] * table.shapes).repeat(len(rows))  # from a row of cells to the next
+    head = head.index_select(0, place) + down * step.index_select(0, place)
+    length = columns.index_select(0, place)
     flat = (head - (length.cumsum(0) - length)).repeat_interleave(length)
     flat += torch.arange(len(flat))
     along = torch.arange(width)
     exists = along < number[:, None]
-    index = (number.cumsum(0) - number)[:, None] + along
-    flat = torch.cat([flat, flat.new_zeros(1)])
-    return Rows(rows, flat[index.where(exists, len(flat) - 1)], exists)
+    index = ((number.cumsum(0) - number)[:, None] + along).clamp_(max=max(0, len(flat) - 1))
+    flat = flat if len(flat) else flat.new_zeros(1)
+    prior = flat.index_select(0, index.flatten()).view(index.shape)
+    return Rows(rows, prior.mul_(exists), exists)

@@ -53,11 +53,12 @@ class CenterRegion(Assigner):
         count = len(priors)
         # Small whole numbers as float32, for which torch reduces whole rows at once.
         owner = rank.new_full((objects.batch_size, count), torch.inf)
-        weight = rank.new_ones(objects.batch_size, count, classes)
+        # The last entry is where pairs outside a shadow go.
+        weight = rank.new_ones(objects.batch_size * count * classes + 1)
         sides = [side.contiguous() for side in priors.boxes.unbind(1)]
         for rows in around(priors, *_reached(priors, objects.boxes, self.shadow)):
             mine, boxes = rows.object, objects.boxes[rows.object]
-            x1, y1, x2, y2 = (side[rows.prior] for side in sides)
+            x1, y1, x2, y2 = (side.index_select(0, rows.prior.flatten()).view(rows.prior.shape) for side in sides)
             share = _share(x1, x2, boxes, 0, self.shadow) * _share(y1, y2, boxes, 1, self.shadow)
             shadow = rows.exists & (share > self.min_coverage)
             share = _share(x1, x2, boxes, 0, self.center) * _share(y1, y2, boxes, 1, self.center)
@@ -66,11 +67,11 @@ class CenterRegion(Assigner):
             flat = rows.prior + objects.image[mine, None] * count
             bid = rank[mine, None].where(center, torch.inf)
             owner.view(-1).scatter_reduce_(0, flat.view(-1), bid.view(-1), "amin")
-            entry = flat * classes + objects.labels[mine, None]
-            weight.view(-1).scatter_reduce_(0, entry.view(-1), (~shadow).float().view(-1), "amin")
+            entry = flat.mul_(classes).add_(objects.labels[mine, None]).where(shadow, len(weight) - 1)
+            weight.index_fill_(0, entry.view(-1), 0.0)
         index = by_rank[owner.where(owner.isfinite(), 0).long()]
         found = from_index(torch.where(owner.isfinite(), index, BACKGROUND))
-        return replace(found, background_weight=weight, modulated=False)
+        return replace(found, background_weight=weight[:-1].view(*owner.shape, classes), modulated=False)
 
 
 def _reached(priors: Priors, boxes: Tensor, side: float) -> tuple[Tensor, Tensor]:

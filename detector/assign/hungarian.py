@@ -17,9 +17,9 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from detector.assign.base import Assigner, chunks
-from detector.assign.tiles import SLACK, Bounds, layout
+from detector.assign.tiles import SLACK, Bounds, by_side, layout
 from detector.boxes import EPS as LEAST_AREA
-from detector.boxes import area, to_cxcywh
+from detector.boxes import to_cxcywh
 from detector.structures import Assignment, Objects, Predictions, Priors
 
 EPS = 1e-12  # added to a probability whose logarithm is taken
@@ -142,9 +142,13 @@ class _Costs:
     """Of objects with priors of their images."""
 
     def __init__(self, rule: Hungarian, priors: Priors, objects: Objects, predictions: Predictions) -> None:
-        self.rule, self.objects, self.scale = rule, objects, 1 / _sizes(priors, objects)
+        self.rule, self.objects = rule, objects
         self.classes = predictions.class_logits.shape[2]
-        self.logits, self.boxes = predictions.class_logits.reshape(-1), predictions.boxes.reshape(-1, 4)
+        self.logits, boxes, scale = predictions.class_logits.reshape(-1), predictions.boxes, 1 / _sizes(priors, objects)
+        # x1 y1 x2 y2 in pixels and cx cy w h as shares of the image: of the priors (B * R,), of the objects (N,) each.
+        self.said = [x.flatten() for x in by_side(boxes) + by_side(to_cxcywh(boxes * scale[:, None]))]
+        own = to_cxcywh(objects.boxes * scale[objects.image])
+        self.own = [x.contiguous() for x in (*objects.boxes.unbind(1), *own.unbind(1))]
 
     def of(self, row: Tensor, prior: Tensor) -> Tensor:
         """(...) objects and (...) image * R + prior -> (...)."""
@@ -152,20 +156,21 @@ class _Costs:
 
     def of_class(self, row: Tensor, prior: Tensor) -> Tensor:
         place = prior * self.classes + self.objects.labels[row]
-        return self.rule.class_part(self.logits.index_select(0, place.flatten()).view(row.shape))
+        return self.rule.class_part(self.logits.index_select(0, place.flatten()).unflatten(0, place.shape))
 
     def geometry(self, row: Tensor, prior: Tensor) -> Tensor:
         row, shape, prior = row.flatten(), row.shape, prior.flatten()
-        said, own = self.boxes.index_select(0, prior), self.objects.boxes.index_select(0, row)
-        scale = self.scale.index_select(0, self.objects.image.index_select(0, row))
-        apart = (to_cxcywh(said * scale) - to_cxcywh(own * scale)).abs_().sum(1)
-        x1, y1, x2, y2 = said.unbind(1)
-        left, top, right, bottom = own.unbind(1)
+        x1, y1, x2, y2, *place = (x.index_select(0, prior) for x in self.said)
+        left, top, right, bottom, *target = (x.index_select(0, row) for x in self.own)
+        apart = place[0].sub_(target[0]).abs_()
+        for one, other in zip(place[1:], target[1:], strict=True):
+            apart.add_(one.sub_(other).abs_())
         shared = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
         shared.mul_(torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0))
-        union = area(said).add_(area(own)).sub_(shared)
         around = torch.maximum(x2, right).sub_(torch.minimum(x1, left)).clamp_(min=0)
         around.mul_(torch.maximum(y2, bottom).sub_(torch.minimum(y1, top)).clamp_(min=0))
+        union = x2.sub_(x1).clamp_(min=0).mul_(y2.sub_(y1).clamp_(min=0))
+        union.add_(right.sub_(left).clamp_(min=0).mul_(bottom.sub_(top).clamp_(min=0))).sub_(shared)
         empty = (around - union).div_(around.clamp_(min=LEAST_AREA))
         giou = shared.div_(union.clamp_(min=LEAST_AREA)).sub_(empty)
         return apart.mul_(self.rule.l1_cost).sub_(giou, alpha=self.rule.giou_cost).view(shape)
@@ -178,12 +183,10 @@ class _Search:
         self.costs, self.rule, self.objects, self.count = costs, costs.rule, objects, len(priors)
         self.tiles = layout(priors, SIDE)
         self.bounds = Bounds(self.tiles, predictions.boxes)
-        tiled = predictions.boxes[:, self.tiles.prior]  # (B, T, M, 4)
-        # (4, B, T): the most of x1 and y1, the least of x2 and y2
-        inner = torch.cat([tiled[..., :2].amax(2), tiled[..., 2:].amin(2)], -1)
-        self.inner = inner.permute(2, 0, 1).contiguous()
-        place = to_cxcywh(tiled * costs.scale[:, None, None])
-        self.least, self.most = (x.permute(2, 0, 1).contiguous() for x in (place.amin(2), place.amax(2)))  # (4, B, T)
+        x1, y1, x2, y2 = self.bounds.sides
+        self.inner = x1.amax(1), y1.amax(1), x2.amin(1), y2.amin(1)  # (B, T) each
+        place = [self.tiles.rows(x.view(len(predictions.boxes), -1)) for x in costs.said[4:]]
+        self.least, self.most = [x.amin(1) for x in place], [x.amax(1) for x in place]  # 4 of (B, T)
         self.by_class = torch.stack([self._by_class(logits) for logits in predictions.class_logits])
 
     def _by_class(self, logits: Tensor) -> Tensor:
@@ -198,7 +201,7 @@ class _Search:
         the object's limit (n,): about its `few` cheapest."""
         (many, size), pairs, limits = self.tiles.prior.shape, [], []
         lead = min(max(LEAD, MORE * few // size), many)
-        for part in chunks(len(rows), max(many, lead * size)):
+        for part in chunks(len(rows), 2 * max(many, lead * size)):
             mine = rows[part]
             image, label = self.objects.image[mine], self.objects.labels[mine]
             geometry = self._geometry(mine)
@@ -216,36 +219,42 @@ class _Search:
             row = place.div(many, rounding_mode="floor")
             tile = place - row * many
             object_, prior = self._pairs(mine[row], tile)
-            of_class, limit = self.costs.of_class(object_, prior), limit[row, None]
-            worth = (of_class + geometry.view(-1)[place, None] > limit).logical_not_() & self.tiles.real[tile]
+            of_class = self.costs.of_class(object_, prior)
+            least = of_class + geometry.take(place)[:, None]
+            worth = (least > limit[row, None]).logical_not_() & self.tiles.real.index_select(0, tile)
             place = worth.view(-1).nonzero().squeeze(1)
-            object_, prior = object_.flatten()[place], prior.view(-1)[place]
-            cost = self.costs.geometry(object_, prior).add_(of_class.view(-1)[place])
-            kept = cost <= limit.expand_as(of_class).flatten()[place]
+            row, prior = row.take(place.div(size, rounding_mode="floor")), prior.take(place)
+            object_ = mine[row]
+            cost = self.costs.geometry(object_, prior).add_(of_class.take(place))
+            kept = cost <= limit[row]
             pairs.append((object_[kept], prior[kept], cost[kept]))
         object_, prior, cost = (torch.cat(x) for x in zip(*pairs, strict=True))
         return object_, prior, cost, torch.cat(limits)
 
     def _pairs(self, row: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
         """(...) objects, which broadcast, and (...) tiles -> (..., M) objects and image * R + prior."""
-        prior = self.tiles.prior[tile].add_((self.objects.image[row] * self.count)[..., None])
+        prior = self.tiles.prior.index_select(0, tile.flatten()).unflatten(0, tile.shape)
+        prior.add_((self.objects.image[row] * self.count)[..., None])
         return row[..., None].expand_as(prior), prior
 
     def _geometry(self, rows: Tensor) -> Tensor:
         """(n, T): for its box no prior of the tile costs the objects `rows` less."""
         rule, image = self.rule, self.objects.image[rows]
         left, top, right, bottom = self.objects.boxes[rows, :, None].unbind(1)
-        own = to_cxcywh(self.objects.boxes[rows] * self.costs.scale[image])
-        x1, y1, x2, y2 = self.inner[:, image]
-        around = torch.maximum(x2, right).sub_(torch.minimum(x1, left))
-        around.mul_(torch.maximum(y2, bottom).sub_(torch.minimum(y1, top)))
+        own = [x[rows, None] for x in self.costs.own[4:]]
+        around = torch.maximum(self.inner[2].index_select(0, image), right)
+        around.sub_(torch.minimum(self.inner[0].index_select(0, image), left))
+        down = torch.maximum(self.inner[3].index_select(0, image), bottom)
+        around.mul_(down.sub_(torch.minimum(self.inner[1].index_select(0, image), top)))
         # The union's share of the box around both: a little more of each makes it no less, and there is no 0 / 0.
-        share = self.bounds.most[image].add_((right - left) * (bottom - top) + LEAST_AREA)
-        giou = share.div_(around.add_(LEAST_AREA)).clamp_(max=1).add_(self.bounds.iou(self.objects, rows)).sub_(1)
+        share = self.bounds.most.index_select(0, image).add_((right - left) * (bottom - top) + LEAST_AREA)
+        giou = share.div_(around.add_(LEAST_AREA)).clamp_(max=1)
+        giou.add_(self.bounds.iou(image, self.objects.boxes[rows])).sub_(1)
         bound = giou.mul_(-rule.giou_cost).sub_(SLACK * (rule.class_cost + rule.l1_cost + rule.giou_cost))
-        for least, most, center in zip(self.least, self.most, own.T, strict=True):
-            nearest = center[:, None].clamp(least[image], most[image])
-            bound.add_(nearest.sub_(center[:, None]).abs_(), alpha=rule.l1_cost * (1 - SLACK))
+        for least, most, center in zip(self.least, self.most, own, strict=True):
+            nearest = torch.maximum(least.index_select(0, image), center)
+            nearest = torch.minimum(nearest, most.index_select(0, image), out=nearest)
+            bound.add_(nearest.sub_(center).abs_(), alpha=rule.l1_cost * (1 - SLACK))
         return bound
 
 

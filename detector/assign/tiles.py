@@ -8,14 +8,14 @@ can overlap an object; where that is too little to count, the tile's priors need
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from detector.boxes import EPS, area
-from detector.structures import Grid, Objects, Priors
+from detector.boxes import EPS
+from detector.structures import Grid, Priors
 
 SIDE = 2  # cells, unless asked for others; M is its square
 BLOCK = 8  # T is a multiple of it
@@ -27,6 +27,10 @@ class Layout(NamedTuple):
 
     prior: Tensor  # (T, M) int64
     real: Tensor  # (T, M) bool; the others repeat a neighbour, at the far edges of a level
+
+    def rows(self, values: Tensor) -> Tensor:
+        """(B, R) -> (B, M, T): M rows of tiles, so that what all priors of a tile have is found fast."""
+        return values.index_select(1, self.prior.T.flatten()).unflatten(1, self.prior.T.shape)
 
 
 def layout(priors: Priors, side: int = SIDE) -> Layout:
@@ -64,39 +68,52 @@ class Bounds:
 
     def __init__(self, tiles: Layout, boxes: Tensor) -> None:
         """boxes: (B, R, 4) xyxy."""
-        tiled = boxes[:, tiles.prior]  # (B, T, M, 4)
-        self.boxes = tiled.permute(3, 0, 1, 2).flatten(1, 2).contiguous()  # (4, B * T, M)
-        # (2, B, T): the least of x1 and y1, the most of x2 and y2
-        self.low, self.high = (
-            x.permute(2, 0, 1).contiguous() for x in (tiled[..., :2].amin(2), tiled[..., 2:].amax(2))
-        )
-        areas = area(tiled)
-        self.least, self.most = areas.amin(2), areas.amax(2)  # (B, T)
+        self.tiles = tiles
+        self.sides = x1, y1, x2, y2 = [tiles.rows(side) for side in by_side(boxes)]  # (B, M, T) each
+        # (B, T) each: the least of x1 and y1, the most of x2 and y2
+        self.low, self.high = (x1.amin(1), y1.amin(1)), (x2.amax(1), y2.amax(1))
+        areas = (x2 - x1).clamp_(min=0).mul_((y2 - y1).clamp_(min=0))
+        self.least, self.most = areas.amin(1), areas.amax(1)  # (B, T)
+
+    @cached_property
+    def together(self) -> list[Tensor]:
+        """The sides again, (B * T, M) each: a tile's priors side by side."""
+        return [side.transpose(1, 2).flatten(0, 1) for side in self.sides]
 
     def first(self, promise: Tensor, k: int) -> Tensor:
-        """(n, T) -> (n, k): tiles that promise much, from different blocks; k at most the number of blocks."""
-        blocks = promise.unflatten(1, (-1, BLOCK))
-        chosen = blocks.amax(2).topk(k, 1, sorted=False).indices
-        inner = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).argmax(2)
-        return chosen * BLOCK + inner
+        """(n, T) -> (n, k): tiles that promise much, no two of them a multiple of T / BLOCK apart; k at most that."""
+        blocks = promise.unflatten(1, (BLOCK, -1))
+        chosen = blocks.amax(1).topk(k, 1, sorted=False).indices
+        inner = blocks.gather(2, chosen[:, None].expand(-1, BLOCK, -1)).argmax(1)
+        return chosen + inner * blocks.shape[2]
 
     def exact_iou(self, tile: Tensor, own: Tensor) -> Tensor:
         """image * T + tile (...) and objects' boxes (..., 4) -> (..., M), as `pairwise_iou` has it."""
-        x1, y1, x2, y2 = self.boxes[:, tile]
+        x1, y1, x2, y2 = (side.index_select(0, tile.flatten()).unflatten(0, tile.shape) for side in self.together)
         left, top, right, bottom = own[..., None, :].unbind(-1)
         shared = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
         shared *= torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0)
-        union = (x2 - x1).clamp_(min=0).mul_((y2 - y1).clamp_(min=0))
+        union = x2.sub_(x1).clamp_(min=0).mul_(y2.sub_(y1).clamp_(min=0))
         union += (right - left) * (bottom - top)
         return shared.div_(union.sub_(shared).clamp_(min=EPS))
 
-    def iou(self, objects: Objects, rows: slice | Tensor) -> Tensor:
-        """(n, T): no box of the tile has a higher IoU with the objects `rows`."""
-        image, (left, top, right, bottom) = objects.image[rows], objects.boxes[rows, :, None].unbind(1)
-        low, high = self.low[:, image], self.high[:, image]
-        shared = torch.minimum(high[0], right).sub_(torch.maximum(low[0], left)).clamp_(min=0)
-        shared *= torch.minimum(high[1], bottom).sub_(torch.maximum(low[1], top)).clamp_(min=0)
-        own = (right - left) * (bottom - top)
-        shared = torch.minimum(torch.minimum(shared, own), self.most[image])
-        union = torch.maximum(self.least[image], shared).add_(own).sub_(shared)
+    def iou(self, image: Tensor, own: Tensor) -> Tensor:
+        """(n,) images and (n, 4) objects' boxes -> (n, T): no box of the tile has a higher IoU with the object."""
+        left, top, right, bottom = own[:, :, None].unbind(1)
+        # One after the other: a gathered row is small enough to stay in the processor's cache until it is used.
+        shared = torch.minimum(self.high[0].index_select(0, image), right)
+        shared.sub_(torch.maximum(self.low[0].index_select(0, image), left)).clamp_(min=0)
+        across = torch.minimum(self.high[1].index_select(0, image), bottom)
+        shared *= across.sub_(torch.maximum(self.low[1].index_select(0, image), top)).clamp_(min=0)
+        own_area = (right - left) * (bottom - top)
+        shared = torch.minimum(
+            torch.minimum(shared, own_area, out=shared), self.most.index_select(0, image), out=shared
+        )
+        least = self.least.index_select(0, image)
+        union = torch.maximum(least, shared, out=least).add_(own_area).sub_(shared)
         return shared.div_(union.clamp_(min=EPS)).mul_(1 + SLACK)
+
+
+def by_side(values: Tensor) -> list[Tensor]:
+    """(B, R, X) -> X tensors (B, R), of which single numbers are gathered fast."""
+    return [x.contiguous() for x in values.unbind(2)]

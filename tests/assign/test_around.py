@@ -42,7 +42,7 @@ def test_no_prior_of_a_tile_is_better_than_its_bound(grids: bool) -> None:
     tiles, said = layout(priors), predictions(priors, 1)
     assert sorted(tiles.prior[tiles.real].tolist()) == list(range(len(priors)))
     objects = batch(torch.cat([random_boxes(40, SIZE, 4), ODD]))
-    bound = Bounds(tiles, said.boxes).iou(objects, slice(0, len(objects)))
+    bound = Bounds(tiles, said.boxes).iou(objects.image, objects.boxes)
     iou = all_pairs_iou(objects.boxes, said.boxes[0])[:, tiles.prior]
     assert (bound >= iou.amax(2)).all()
     assert (bound == 0).any()

@@ -15,7 +15,6 @@ from detector.bench.measure import Table, Target, Times, peak_bytes, take_turns
 from detector.bench.networks import NUM_CLASSES, PRECISIONS, methods, random_images, random_objects
 from detector.cli.benchmark import main
 from detector.models.layers import Precision
-from detector.models.priors import Points
 
 CPU = torch.device("cpu")
 
@@ -66,9 +65,10 @@ def test_assigners_equal_the_dense_version(name: str, rule, kind) -> None:  # ty
     assert (alone["bytes"], alone["same"], alone["dense_seconds"]) == (result["bytes"], None, None)
 
 
+@pytest.mark.parametrize("kind", assignment.KINDS)
 @pytest.mark.parametrize(("name", "rule", "by_class"), assignment.PREDICTED_CASES)
-def test_rules_that_look_at_predictions_equal_the_dense_version(name: str, rule, by_class) -> None:  # type: ignore[no-untyped-def]
-    priors = assignment.make_priors(Points(), (128, 160), CPU)
+def test_rules_that_look_at_predictions_equal_the_dense_version(name: str, rule, by_class, kind: str) -> None:  # type: ignore[no-untyped-def]
+    priors = assignment.make_priors(assignment.KINDS[kind], (128, 160), CPU)
     objects, said = random_objects(2, 5, (128, 160)), assignment.random_predictions(priors, 2)
     dense = assignment.load_dense("assign_predicted", "dense_predicted")
     result = assignment.measure(rule, priors, objects, dense, CPU, 0, said)
@@ -81,10 +81,12 @@ def test_rules_that_look_at_predictions_equal_the_dense_version(name: str, rule,
     assert not assignment._same(found, (index.roll(1), quality))
 
 
+@pytest.mark.parametrize("kind", assignment.KINDS)
 @pytest.mark.parametrize(("name", "rule"), assignment.PAIR_CASES)
-def test_rules_of_pairs_equal_the_dense_version(name: str, rule) -> None:  # type: ignore[no-untyped-def]
-    priors = assignment.make_priors(Points(), (128, 160), CPU)
+def test_rules_of_pairs_equal_the_dense_version(name: str, rule, kind: str) -> None:  # type: ignore[no-untyped-def]
+    priors = assignment.make_priors(assignment.KINDS[kind], (128, 160), CPU)
     objects, said = random_objects(2, 5, (128, 160)), assignment.random_predictions(priors, 2)
+    said = replace(said, mixture=assignment.random_mixture(objects, len(priors.grids)))
     dense = assignment.load_dense("rules_dense", "dense_rule")
     assert assignment.measure(rule, priors, objects, dense, CPU, 0, said)["same"] is True, name
     expected = dense(rule, priors, objects, said)  # type: ignore[misc]
@@ -113,7 +115,7 @@ def test_target_of_assignment_is_one_size_and_count() -> None:
     case = {"rule": assignment.CASES[0][0], "height": 800, "width": 1333, "images": 1, "objects": 1000}
     numbers = {"speed_up": 11.0, "memory_ratio": 19.0, "same": True}
     assert [target.met for target in assignment._targets(case | numbers)] == [True, False, True]
-    other = assignment._targets(case | numbers | {"rule": assignment.PAIR_CASES[0][0], "bytes": 3e9})
+    other = assignment._targets(case | numbers | {"rule": "FCOS, 9 anchors", "bytes": 3e9})
     assert [target.met for target in other] == [True, True]  # a tenth of the memory is enough; speed is for many images
     assert assignment._targets(case | numbers | {"objects": 10}) == []
     assert assignment._targets(case | numbers | {"same": None}) == []
@@ -195,6 +197,26 @@ def test_generated_images_are_as_large_as_photographs(tmp_path: Path) -> None:
     assert data[0].image.shape == (480, 640, 3)
     assert len(data[1].boxes) == loading.OBJECTS
     assert 80_000 < data.index.image_path(0).stat().st_size < 200_000
+
+
+def test_every_rule_is_measured_on_points_and_nine_anchors() -> None:
+    """Where its targets are; and on its own priors at both sizes."""
+    cases = list(assignment._cases(CPU, quick=False))
+    names = assignment.rule_names()
+    assert {(c.rule, c.name) for c in cases} >= {(n, f"{n}, {k}") for n in names for k in ("points", "9 anchors")}
+    assert sorted(c.rule for c in cases if c.everywhere) == sorted(names)
+    assert {c.name for c in cases} >= {name for name, *_ in assignment.CASES}
+    kinds = {type(c.assigner).model_fields["type"].default for c in cases}
+    assert kinds == set(step_share.rules()) - {"switch", "anneal"}, "a rule of label assignment is not measured"
+
+
+def test_rules_are_chosen_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["assign", "--quick", "--rules", "IQDet,point scale", "--json", str(tmp_path / "out.json")]) == 0
+    cases = json.loads((tmp_path / "out.json").read_text())["assign"]["numbers"]["cases"]
+    assert {case["rule"] for case in cases} == {"IQDet, 1 anchor", "point scale, 1 anchor"}
+    assert all(case["same"] for case in cases)
+    assert main(["assign", "--quick", "--rules", "iqdet"]) != 0
+    assert "--rules: 'iqdet': expected some of FCOS, ATSS, max-IoU, SimOTA" in capsys.readouterr().err
 
 
 def test_update_replaces_sections_and_keeps_the_rest() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from detector.assign import (
     DynamicSoftLabel,
     Fcos,
     Hungarian,
+    IqDet,
     MaxIou,
     Ota,
     Paa,
@@ -42,21 +44,27 @@ STRIDES = (8, 16, 32, 64, 128)
 SIZES = ((640, 640), (800, 1333))
 COUNTS = (10, 100, 1000, 5000)
 TARGET_SIZE = (800, 1333)
+TARGET_COUNTS = ((1, 1000), (1, 5000), (8, 100))  # images, objects in each
 LEAST_SPEED_UP = 10  # of every rule for a batch of 100 objects an image; of the first three also at 1,000
 LEAST_MEMORY_RATIO, LEAST_MEMORY_RATIO_OF_FIRST = 10, 20  # at 1,000 objects
 MOST_BYTES, OBJECTS_OF_BATCH = 2e9, 5000
-# The dense version holds several tensors of objects times priors of an image: beyond this it takes GiB and minutes.
-MOST_PAIRS = 30_000_000
+# The dense version holds several tensors of objects times priors of an image: beyond this it takes GiB.  Images come
+# one after the other, so with more than `FEW` objects in each this bounds the pairs of the whole batch, and the time.
+MOST_PAIRS, FEW = 30_000_000, 100
 # SimOTA's and RTMDet's also hold every class of every such pair of an image.
 MOST_BY_CLASS = 200_000_000
 
+POINTS, NINE = Points(), Anchors()
+ONE = Anchors(scale=8, octave_scales=1, ratios=(1.0,))
+KINDS: dict[str, GridPriors] = {"points": POINTS, "1 anchor": ONE, "9 anchors": NINE}
+
 CASES: tuple[tuple[str, Assigner, GridPriors], ...] = (
-    ("FCOS, points", Fcos(), Points()),
-    ("ATSS, 1 anchor", Atss(), Anchors(scale=8, octave_scales=1, ratios=(1.0,))),
-    ("max-IoU, 9 anchors", MaxIou(), Anchors()),
+    ("FCOS, points", Fcos(), POINTS),
+    ("ATSS, 1 anchor", Atss(), ONE),
+    ("max-IoU, 9 anchors", MaxIou(), NINE),
 )
 
-# Rules that look at predictions, all on points.
+# Rules that look at predictions.
 PREDICTED_CASES: tuple[tuple[str, Assigner, bool], ...] = (  # name, rule, does the dense version hold every class
     ("SimOTA", SimOta(), True),
     ("dynamic soft label", DynamicSoftLabel(), True),
@@ -66,7 +74,7 @@ PREDICTED_CASES: tuple[tuple[str, Assigner, bool], ...] = (  # name, rule, does 
 )
 
 NEGLIGIBLE = 1e-12  # weight of a pair
-# Rules of pairs and weights, all on one anchor.
+# Rules of pairs and weights.
 PAIR_CASES: tuple[tuple[str, Assigner], ...] = (
     ("YOLO ratio", YoloRatio()),
     ("YOLO best", YoloBest()),
@@ -76,6 +84,7 @@ PAIR_CASES: tuple[tuple[str, Assigner], ...] = (
     ("centre region", CenterRegion()),
     ("PAA", Paa()),
     ("DW", DualWeight()),
+    ("IQDet", IqDet()),
 )
 
 METHOD = (
@@ -83,37 +92,33 @@ METHOD = (
     " `tests/reference/assign_dense.py`, which compares every prior with every object of an image, one image after the"
     " other.  Peak memory is the most that tensors made by the call held at one time, its result included, from the"
     " allocator's own record of allocations and releases.  `same`: both give every prior the same object or label,"
-    " checked in this run.  Where images, objects and priors multiply to more than {most:.0f} million the dense version"
-    " is left out.  Rules that look at predictions get {classes} class logits a prior and predicted boxes around it;"
+    " checked in this run.  Where objects and priors multiply to more than {most:.0f} million the dense version is left"
+    " out (those of an image, with up to {few} objects in each; of the batch, with more).  Every rule is run on points"
+    " and on 9 anchors a cell at {height}x{width}, as far as its target needs, and on its own priors everywhere.  Rules"
+    " that look at predictions get {classes} class logits a prior and predicted boxes around it;"
     " the dense versions of SimOTA and dynamic soft label compare every class of every pair, as mmdetection does, and"
     " are left out beyond {by_class:.0f} million of these an image; `same` includes soft class targets within 1e-5 for"
-    " them; PAA's fits each object with scikit-learn's mixture, as mmdetection does.{missing}"
+    " them; PAA's fits each object with scikit-learn's mixture, as mmdetection does.  IQDet gets a mixture of two"
+    " Gaussians for each object and level.{missing}"
 )
 
 Dense = Callable[..., Any]  # (rule, priors, objects) -> (B, R); with predictions: -> (B, R) and their class targets
 
 
-def run(device: torch.device, quick: bool) -> Table:
-    dense = load_dense()
-    results = []
-    for size in SIZES[:1] if quick else SIZES:
-        for name, rule, kind in CASES:
-            priors = make_priors(kind, size, device)
-            for images in (1, BATCH):
-                for count in COUNTS[:1] if quick else COUNTS:
-                    objects = random_objects(images, count, size).to(device)
-                    result = measure(rule, priors, objects, dense, device, 0.1 if quick else 3.0)
-                    case = {"rule": name, "height": size[0], "width": size[1], "images": images, "objects": count}
-                    results.append(case | result)
-    results += _run_predicted(device, quick) + _run_pairs(device, quick)
+def run(device: torch.device, quick: bool, rules: tuple[str, ...] = ()) -> Table:
+    """`rules`: names as in the tables, without the priors; none: all."""
+    results = [result for case in _cases(device, quick) if not rules or case.rule in rules for result in case.results()]
     return Table(
         title="Label assignment",
         method=METHOD.format(
             batch=BATCH,
             most=MOST_PAIRS / 1e6,
+            few=FEW,
+            height=TARGET_SIZE[0],
+            width=TARGET_SIZE[1],
             by_class=MOST_BY_CLASS / 1e6,
             classes=NUM_CLASSES,
-            missing="" if dense else "  Run outside a checkout: there is no dense version to compare with.",
+            missing="" if load_dense() else "  Run outside a checkout: there is no dense version to compare with.",
         ),
         columns=(
             "rule", "input", "images", "objects in each", "time", "peak memory",
@@ -125,39 +130,63 @@ def run(device: torch.device, quick: bool) -> Table:
     )  # fmt: skip
 
 
-def _run_predicted(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    dense = load_dense("assign_predicted", "dense_predicted")
-    results = []
-    for size in SIZES[:1] if quick else SIZES:
-        priors = make_priors(Points(), size, device)
-        for images in (1, BATCH):
-            said = random_predictions(priors, images)
-            for count in COUNTS[:1] if quick else COUNTS:
-                objects = random_objects(images, count, size).to(device)
-                for name, rule, by_class in PREDICTED_CASES:
-                    left_out = by_class and count * len(priors) * NUM_CLASSES > MOST_BY_CLASS
-                    peer = None if left_out else dense
-                    result = measure(rule, priors, objects, peer, device, 0.1 if quick else 3.0, said)
-                    case = {"rule": name, "height": size[0], "width": size[1], "images": images, "objects": count}
-                    results.append(case | result)
-    return results
+def rule_names() -> list[str]:
+    names = [case[0] for case in CASES] + [case[0] for case in PREDICTED_CASES] + [case[0] for case in PAIR_CASES]
+    return [name.partition(",")[0] for name in names]
 
 
-def _run_pairs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    dense = load_dense("rules_dense", "dense_rule") if device.type == "cpu" else None
-    kind = Anchors(scale=8, octave_scales=1, ratios=(1.0,))
-    results = []
-    for size in SIZES[:1] if quick else SIZES:
-        priors = make_priors(kind, size, device)
-        for images in (1, BATCH):
-            said = random_predictions(priors, images)
-            for count in COUNTS[:1] if quick else COUNTS:
-                objects = random_objects(images, count, size).to(device)
-                for name, rule in PAIR_CASES:
-                    result = measure(rule, priors, objects, dense, device, 0.1 if quick else 3.0, said)
-                    case = {"rule": name, "height": size[0], "width": size[1], "images": images, "objects": count}
-                    results.append(case | result)
-    return results
+@dataclass
+class Case:
+    """A rule on one kind of priors."""
+
+    rule: str  # its name
+    name: str  # with the priors
+    assigner: Assigner
+    kind: GridPriors
+    everywhere: bool  # or only where there is a target
+    dense: Dense | None
+    predictions: bool  # given to the rule
+    by_class: bool  # does the dense version hold every class of every pair
+    device: torch.device
+    quick: bool
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        for size in SIZES[:1] if self.quick else SIZES if self.everywhere else (TARGET_SIZE,):
+            priors = make_priors(self.kind, size, self.device)
+            for images in (1, BATCH):
+                said = random_predictions(priors, images) if self.predictions else None
+                for count in COUNTS[:1] if self.quick else COUNTS:
+                    if not (self.quick or self.everywhere or (images, count) in TARGET_COUNTS):
+                        continue
+                    objects = random_objects(images, count, size).to(self.device)
+                    left_out = self.by_class and count * len(priors) * NUM_CLASSES > MOST_BY_CLASS
+                    if isinstance(self.assigner, IqDet) and said is not None:
+                        said = replace(said, mixture=random_mixture(objects, len(priors.grids)))
+                    dense, patience = None if left_out else self.dense, 0.1 if self.quick else 3.0
+                    result = measure(self.assigner, priors, objects, dense, self.device, patience, said)
+                    case = {"rule": self.name, "height": size[0], "width": size[1], "images": images, "objects": count}
+                    yield case | result
+
+
+def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Each rule on its own priors everywhere, and on points and 9 anchors where there is a target."""
+    groups: list[tuple[Any, Dense | None, GridPriors | None]] = [
+        ([(name.partition(",")[0], rule, False, kind) for name, rule, kind in CASES], load_dense(), None),
+        (PREDICTED_CASES, load_dense("assign_predicted", "dense_predicted"), POINTS),
+        (
+            [(name, rule, False) for name, rule in PAIR_CASES],
+            load_dense("rules_dense", "dense_rule") if device.type == "cpu" else None,
+            ONE,
+        ),
+    ]
+    for cases, dense, usual in groups:
+        for name, rule, by_class, *own in cases:
+            home = own[0] if own else usual
+            for label, kind in KINDS.items():
+                if kind is home or (kind is not ONE and not quick):
+                    yield Case(
+                        name, f"{name}, {label}", rule, kind, kind is home, dense, not own, by_class, device, quick
+                    )
 
 
 def random_predictions(priors: Priors, images: int) -> Predictions:
@@ -171,6 +200,13 @@ def random_predictions(priors: Priors, images: int) -> Predictions:
     center = priors.centers + priors.stride[:, None] * normal(2)
     half = 4 * priors.stride[:, None] * (normal(2) * 0.5).exp()
     return Predictions(normal(NUM_CLASSES) * 2 - 4, torch.cat([center - half, center + half], -1), normal())
+
+
+def random_mixture(objects: Objects, levels: int) -> Tensor:
+    """(N, L, 2, 5): what an encoder could say of each object."""
+    rng = generator(3, SYNTHETIC)
+    numbers = torch.from_numpy(rng.random((len(objects), levels, 2, 5), dtype="float32")).to(objects.boxes.device)
+    return torch.cat([numbers[..., :2] * 1.6 - 0.8, 0.1 + 0.9 * numbers[..., 2:4], numbers[..., 4:] / 2], -1)
 
 
 def make_priors(kind: GridPriors, size: tuple[int, int], device: torch.device) -> Priors:
@@ -195,8 +231,10 @@ def measure(
     ours()
     result: dict[str, Any] = {"bytes": peak_bytes(ours, device)[0]}
     result |= dict.fromkeys(("dense_seconds", "dense_bytes", "speed_up", "memory_ratio", "same"))
-    if dense is None or len(objects) * len(priors) > MOST_PAIRS:
-        return result | {"seconds": take_turns({"ours": ours}, device, turns=15, patience=patience).median("ours")}
+    each = len(objects) // objects.batch_size
+    if dense is None or (each if each <= FEW else len(objects)) * len(priors) > MOST_PAIRS:
+        times = take_turns({"ours": ours}, device, turns=15, warm_up=0, patience=patience)
+        return result | {"seconds": times.median("ours")}
 
     def plain() -> Any:
         return dense(rule, priors, objects) if said is None else dense(rule, priors, objects, said)

@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="cpu", help="cpu, cuda, cuda:1 ... of train, infer, assign, share, two_stage (default: cpu)"
     )
+    parser.add_argument("--rules", metavar="NAME,NAME", help="of assign, as its table calls them (default: all)")
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, every turn's time included")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables into this document")
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{unknown[0]!r}: expected one or several of {', '.join(SUBJECTS)}, or all")
     if options.threads is not None and options.threads < 1:
         parser.error("--threads: expected at least 1")
+    if options.rules is not None and options.markdown is not None:
+        parser.error("--markdown: its section holds all rules; leave --rules away")
     if options.quick and options.markdown is not None:
         parser.error("--markdown: the times of a --quick run say nothing")
     return run_command(lambda: _run(options))
@@ -49,6 +52,7 @@ def _run(options: argparse.Namespace) -> int:
     from detector.bench import assignment, augmentation, inference, loading, scoring, step_share, train_step, two_stage
     from detector.bench.document import update
     from detector.bench.measure import machine
+    from detector.errors import ConfigError
     from detector.files import write_whole
     from detector.train.device import find_device
 
@@ -56,13 +60,20 @@ def _run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
     subjects = (train_step, inference, assignment, loading, scoring, augmentation, step_share, two_stage)
+    rules = tuple(name.strip() for name in (options.rules or "").split(",") if name.strip())
+    if wrong := [name for name in rules if name not in assignment.rule_names()]:
+        raise ConfigError(f"--rules: {wrong[0]!r}: expected some of {', '.join(assignment.rule_names())}")
     runs = dict(zip(SUBJECTS, (t.run for t in subjects), strict=True))
     chosen = [
         name for name in SUBJECTS if name in options.subjects or not options.subjects or "all" in options.subjects
     ]
     tables = {}
     for name in chosen:
-        table = runs[name](device, options.quick)
+        table = (
+            assignment.run(device, options.quick, rules)
+            if rules and name == "assign"
+            else runs[name](device, options.quick)
+        )
         tables[name] = replace(table, targets=[]) if options.quick else table
         print(tables[name].markdown(machine(device)), flush=True)
     if options.json is not None:

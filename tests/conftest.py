@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,12 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", metavar="PAGE", help="write what tests/test_matrix.py finds, such as docs/matrix.md")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made, half a million objects, stays: no collection need look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

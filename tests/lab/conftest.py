@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from detector.cli.compare import main
+from detector.lab import cell
+from detector.lab.grid import cells
+from detector.lab.process import Ended
+from detector.lab.run import Runner, ThisMachine
+from detector.lab.study import load_study
 from tests.lab.browsing import browser as browser
 
 RECIPE = """
@@ -91,12 +98,43 @@ def lab_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lab-shapes")
 
 
+class CellHere:
+    """In the place of `CellProcess`: the cell is worked on in this process, where everything is imported already."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        with redirect_stdout(StringIO()) as shown:
+            self.code = cell.main(folder)
+        self.lines = tuple(shown.getvalue().splitlines())
+
+    def ask_to_stop(self) -> None:
+        """It has ended."""
+
+    def done(self) -> bool:
+        return True
+
+    def ended(self) -> Ended:
+        return Ended(self.code, self.lines)
+
+
 @pytest.fixture(scope="session")
 def done(tmp_path_factory: pytest.TempPathFactory, lab_shapes: Path) -> Place:
-    """Four cells, finished.  Not to be changed: take `copy`."""
+    """Four cells, finished: those of seed 1 in this process, those of seed 0 in two of their own at the same time.
+
+    Not to be changed: take `copy`.
+    """
     made = place(tmp_path_factory.mktemp("study"), lab_shapes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detector.lab.run.CellProcess", CellHere)
+        study = load_study(made.study)
+        Runner(study, ThisMachine(study, 1), print)([c for c in cells(study, made.out) if c.seed == 1])
     assert made.compare() == 0
     return made
+
+
+@pytest.fixture
+def cells_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not about processes: a study's cells run in this one."""
+    monkeypatch.setattr("detector.lab.run.CellProcess", CellHere)
 
 
 @pytest.fixture

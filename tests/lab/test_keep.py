@@ -52,6 +52,7 @@ def test_kept_cells_say_the_same(kept: tuple[Place, Path], capsys: pytest.Captur
     assert "no pictures" in (here.out / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_what_is_missing_is_run(kept: tuple[Place, Path], capsys: pytest.CaptureFixture[str]) -> None:
     here, folder = kept
     (folder / "cells" / "data" / "two" / "seed-1.zip").unlink()

@@ -51,6 +51,7 @@ setup(
             "imagecodecs>=2024.1",
             "mypy>=1.15",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "scikit-learn>=1.3",
             "selenium>=4.20",

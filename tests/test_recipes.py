@@ -19,13 +19,17 @@ QUICK = ("quickstart", "fcos_r50_fpn_1x_coco", "bccd/atss_r18", "bccd/cascade_rc
          "bccd/faster_rcnn_c4_r18", "bccd/fast_rcnn_r18", "bccd/r_cnn_r18")  # fmt: skip
 
 
+def named(path: Path) -> str:
+    return path.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
 def recipes() -> list[object]:
     """All of them; each kind of model once in the default suite, the rest among the slow tests."""
     return [
         pytest.param(p, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
         for p in sorted(CONFIGS.rglob("*.yaml"))
         if p.parent.name != "studies"
-        for name in [p.relative_to(CONFIGS).with_suffix("").as_posix()]
+        for name in [named(p)]
     ]
 
 
@@ -48,7 +52,7 @@ def test_every_rule_has_a_recipe_that_changes_nothing_else() -> None:
 @pytest.mark.parametrize("path", recipes())
 def test_the_loss_falls(path: Path, tmp_path: Path) -> None:
     whole = load_config(path)
-    steps = 30 if path.relative_to(CONFIGS).with_suffix("").as_posix() in QUICK else 50
+    steps = 30 if named(path) in QUICK else 50
     neck = whole.model.neck
     shapes = {"type": "shapes", "root": f"{tmp_path}/data", "size": [64, 96], "train": 2, "val": 1, "test": 1}
     if whole.data.proposals is not None:

@@ -15,7 +15,7 @@ from detector.assign import around
 from detector.assign.base import Assigner, chunks
 from detector.assign.order import index_of, keys
 from detector.assign.predicted import AllPairs, scores
-from detector.assign.tiles import BLOCK, SLACK, Bounds, layout
+from detector.assign.tiles import BLOCK, SLACK, Bounds, entries, layout
 from detector.boxes import pairwise_iou
 from detector.structures import Assignment, Objects, Predictions, Priors
 
@@ -93,12 +93,12 @@ class TaskAligned(Assigner):
 
         def fit(tile: Tensor, image: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
             """(..., M) image * R + prior, and what the box is worth; image (...), own (..., 4)."""
-            flat = tiles.prior.index_select(0, tile.flatten()).unflatten(0, tile.shape).add_((image * count)[..., None])
+            flat = tiles.priors_of(tile, image * count)
             return flat, bounds.exact_iou(image * many + tile, own).square_().pow_(self.beta / 2)
 
         def worth(flat: Tensor, label: Tensor) -> Tensor:
             """What the score is worth."""
-            theirs = logits.index_select(0, (flat * classes).add_(label).flatten()).unflatten(0, flat.shape)
+            theirs = entries(logits, (flat * classes).add_(label))
             return scores(theirs, None if quality is None else quality.take(flat)).pow_(self.alpha)
 
         picked, alignments = [], []

@@ -16,6 +16,7 @@ from torch import Tensor
 from detector.assign.around import around
 from detector.assign.base import Assigner, from_index
 from detector.assign.per_class import count_classes
+from detector.assign.tiles import entries
 from detector.structures import BACKGROUND, Assignment, Grid, Objects, Predictions, Priors
 
 
@@ -58,7 +59,7 @@ class CenterRegion(Assigner):
         sides = [side.contiguous() for side in priors.boxes.unbind(1)]
         for rows in around(priors, *_reached(priors, objects.boxes, self.shadow)):
             mine, boxes = rows.object, objects.boxes[rows.object]
-            x1, y1, x2, y2 = (side.index_select(0, rows.prior.flatten()).view(rows.prior.shape) for side in sides)
+            x1, y1, x2, y2 = (entries(side, rows.prior) for side in sides)
             share = _share(x1, x2, boxes, 0, self.shadow) * _share(y1, y2, boxes, 1, self.shadow)
             shadow = rows.exists & (share > self.min_coverage)
             share = _share(x1, x2, boxes, 0, self.center) * _share(y1, y2, boxes, 1, self.center)

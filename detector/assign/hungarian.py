@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from detector.assign.base import Assigner, chunks
-from detector.assign.tiles import SLACK, Bounds, by_side, layout
+from detector.assign.tiles import SLACK, Bounds, by_side, entries, layout
 from detector.boxes import EPS as LEAST_AREA
 from detector.boxes import to_cxcywh
 from detector.structures import Assignment, Objects, Predictions, Priors
@@ -156,7 +156,7 @@ class _Costs:
 
     def of_class(self, row: Tensor, prior: Tensor) -> Tensor:
         place = prior * self.classes + self.objects.labels[row]
-        return self.rule.class_part(self.logits.index_select(0, place.flatten()).unflatten(0, place.shape))
+        return self.rule.class_part(entries(self.logits, place))
 
     def geometry(self, row: Tensor, prior: Tensor) -> Tensor:
         row, shape, prior = row.flatten(), row.shape, prior.flatten()
@@ -233,8 +233,7 @@ class _Search:
 
     def _pairs(self, row: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
         """(...) objects, which broadcast, and (...) tiles -> (..., M) objects and image * R + prior."""
-        prior = self.tiles.prior.index_select(0, tile.flatten()).unflatten(0, tile.shape)
-        prior.add_((self.objects.image[row] * self.count)[..., None])
+        prior = self.tiles.priors_of(tile, self.objects.image[row] * self.count)
         return row[..., None].expand_as(prior), prior
 
     def _geometry(self, rows: Tensor) -> Tensor:

@@ -32,6 +32,10 @@ class Layout(NamedTuple):
         """(B, R) -> (B, M, T): M rows of tiles, so that what all priors of a tile have is found fast."""
         return values.index_select(1, self.prior.T.flatten()).unflatten(1, self.prior.T.shape)
 
+    def priors_of(self, tile: Tensor, first: Tensor) -> Tensor:
+        """(...) tiles, and what to count their priors from, (...) too or broadcast -> (..., M)."""
+        return entries(self.prior, tile).add_(first[..., None])
+
 
 def layout(priors: Priors, side: int = SIDE) -> Layout:
     """Squares of cells; where the priors lie on no grid, those that follow one another."""
@@ -89,7 +93,7 @@ class Bounds:
 
     def exact_iou(self, tile: Tensor, own: Tensor) -> Tensor:
         """image * T + tile (...) and objects' boxes (..., 4) -> (..., M), as `pairwise_iou` has it."""
-        x1, y1, x2, y2 = (side.index_select(0, tile.flatten()).unflatten(0, tile.shape) for side in self.together)
+        x1, y1, x2, y2 = (entries(side, tile) for side in self.together)
         left, top, right, bottom = own[..., None, :].unbind(-1)
         shared = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
         shared *= torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0)
@@ -112,6 +116,11 @@ class Bounds:
         least = self.least.index_select(0, image)
         union = torch.maximum(least, shared, out=least).add_(own_area).sub_(shared)
         return shared.div_(union.clamp_(min=EPS)).mul_(1 + SLACK)
+
+
+def entries(values: Tensor, index: Tensor) -> Tensor:
+    """(X, ...) and (*I) -> (*I, ...): whole rows, faster than by brackets."""
+    return values.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def by_side(values: Tensor) -> list[Tensor]:

@@ -45,6 +45,7 @@ def _run(options: argparse.Namespace) -> int:
     import json
     import os
     from dataclasses import replace
+    from functools import partial
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or else the profiler, which counts memory, writes to stderr
     import torch
@@ -64,16 +65,13 @@ def _run(options: argparse.Namespace) -> int:
     if wrong := [name for name in rules if name not in assignment.rule_names()]:
         raise ConfigError(f"--rules: {wrong[0]!r}: expected some of {', '.join(assignment.rule_names())}")
     runs = dict(zip(SUBJECTS, (t.run for t in subjects), strict=True))
+    runs["assign"] = partial(assignment.run, rules=rules)
     chosen = [
         name for name in SUBJECTS if name in options.subjects or not options.subjects or "all" in options.subjects
     ]
     tables = {}
     for name in chosen:
-        table = (
-            assignment.run(device, options.quick, rules)
-            if rules and name == "assign"
-            else runs[name](device, options.quick)
-        )
+        table = runs[name](device, options.quick)
         tables[name] = replace(table, targets=[]) if options.quick else table
         print(tables[name].markdown(machine(device)), flush=True)
     if options.json is not None:

@@ -6,7 +6,7 @@ Legend: B images, S proposals of an image, M proposals of all images, K classes,
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,7 @@ def _of_all_bins(layer: nn.Module, x: Tensor) -> Tensor:
     """
     assert isinstance(layer, nn.Linear)
     if torch.is_grad_enabled() or not gathers(x) or len(x) < AS_CONVOLUTION:
-        return cast(Tensor, layer(x.flatten(1)))
+        return F.linear(x.flatten(1), layer.weight, layer.bias)
     return F.conv2d(x, layer.weight.unflatten(1, x.shape[1:]), layer.bias).flatten(1)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from detector.assign.base import chunks
 from detector.assign.geometry import SLACK
-from detector.structures import Grid, Priors
+from detector.structures import Grid
 
 PAIRS = 1 << 15  # at once: what a few dozen operations leave in a core's cache
 ALIKE = 1.25  # the widest row of a part over its narrowest
@@ -40,19 +40,21 @@ def may_ask(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def around(priors: Priors, low: Tensor, high: Tensor) -> Iterator[Rows]:
-    """All priors whose centre lies between `low` and `high`, and perhaps others.
+def around(grids: tuple[Grid, ...], count: int, low: Tensor, high: Tensor) -> Iterator[Rows]:
+    """All of `count` priors whose centre lies between `low` and `high`, and perhaps others.
+
+    grids: where they lie; empty if they lie on none.
 
     low, high: (N, L, 2) x, y in pixels, each object's region on each level; (N, 1, 2) where all levels have the same.
     """
-    if not priors.grids or not may_ask(low.device):
-        every = torch.arange(len(priors), device=low.device)
-        for part in chunks(len(low), len(priors)):
+    if not grids or not may_ask(low.device):
+        every = torch.arange(count, device=low.device)
+        for part in chunks(len(low), count):
             mine = torch.arange(part.start, part.stop, device=low.device)
             prior = every.expand(len(mine), -1)
             yield Rows(mine, prior, torch.ones_like(prior, dtype=torch.bool))
         return
-    table = _table(priors.grids, low.device)
+    table = _table(grids, low.device)
     start = (low / table.stride - table.offset - SLACK).ceil().long().clamp(min=0)  # (N, L, 2) first column and row
     last = torch.minimum((high / table.stride - table.offset + SLACK).floor().long(), table.extent - 1)
     cells = (last - start + 1).clamp(min=0)

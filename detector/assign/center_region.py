@@ -57,7 +57,7 @@ class CenterRegion(Assigner):
         # The last entry is where pairs outside a shadow go.
         weight = rank.new_ones(objects.batch_size * count * classes + 1)
         sides = [side.contiguous() for side in priors.boxes.unbind(1)]
-        for rows in around(priors, *_reached(priors, objects.boxes, self.shadow)):
+        for rows in around(priors.grids, len(priors), *_reached(priors, objects.boxes, self.shadow)):
             mine, boxes = rows.object, objects.boxes[rows.object]
             x1, y1, x2, y2 = (entries(side, rows.prior) for side in sides)
             share = _share(x1, x2, boxes, 0, self.shadow) * _share(y1, y2, boxes, 1, self.shadow)

@@ -40,15 +40,23 @@ class Distribution(NamedTuple):
         row = torch.arange(len(level), device=level.device)[:, None]
         return Distribution(self.mean[row, level], self.deviation[row, level], self.share[row, level])
 
+    def of_rows(self, row: Tensor) -> Distribution:
+        """(n,) int64: some of the first dimension."""
+        return Distribution(self.mean[row], self.deviation[row], self.share[row])
+
     def value(self, place: Tensor) -> Tensor:
         """(..., 2) -> (...)."""
         away = (place.unsqueeze(-2) - self.mean) / self.deviation
         return (self.share * (away.square().sum(-1) / -2).exp()).sum(-1)
 
-    def along(self, place: Tensor, axis: int) -> Tensor:
-        """(n, W) places on one axis -> (n, M, W): that axis' factor of each component, 0 outside of the object."""
-        away = (place[:, None] - self.mean[..., axis, None]) / self.deviation[..., axis, None]
-        return (away.square() / -2).exp() * (place.abs() < 1)[:, None]
+    def value_at(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of (n, M, ...), at places (n, C) each -> (n, C): as `value`, component by component."""
+        found = torch.zeros_like(x)
+        for m in range(self.share.shape[1]):
+            away = (x - self.mean[:, m, :1]).div_(self.deviation[:, m, :1]).square_()
+            away += (y - self.mean[:, m, 1:]).div_(self.deviation[:, m, 1:]).square_()
+            found += away.div_(-2).exp_().mul_(self.share[:, m, None])
+        return found
 
     def draw(self, random: Tensor) -> tuple[Tensor, Tensor]:
         """Points of each object over all of its levels, as densely as the value says, all inside the object.

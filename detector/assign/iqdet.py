@@ -10,16 +10,18 @@ themselves, has a gradient for several priors at once and so is part of criterio
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from detector.assign.base import Assigner, chunks, constant
+from detector.assign.around import around
+from detector.assign.base import Assigner, constant
 from detector.assign.cells import first_best, require_grid
 from detector.assign.distribution import LEAST_SIDE, Distribution, random_numbers
-from detector.assign.geometry import NOBODY, Kinds, Owners, iou_from, kinds
+from detector.assign.geometry import NOBODY, Kinds, Owners, every_prior, iou_from, kinds
 from detector.structures import Assignment, Objects, Predictions, Priors
 
 
@@ -116,24 +118,25 @@ class IqDet(Assigner):
 
     def _undecided(self, priors: Priors, objects: Objects, distribution: Distribution, suited: Tensor) -> Tensor:
         """(B, R) bool: inside an object, of the shape that suits it, and not bad enough to be background."""
-        found, kind, half = [], 0, halves(objects).float()
+        found, kind, device = [], 0, priors.boxes.device
+        low, high, half = objects.boxes[:, None, :2], objects.boxes[:, None, 2:], halves(objects).float()
         for level, g in enumerate(priors.grids):
-            of_level = torch.zeros(objects.batch_size, g.size, dtype=torch.uint8, device=priors.boxes.device)
-            x, y = ((torch.arange(n, device=half.device) + g.offset) * g.stride for n in (g.width, g.height))
-            shapes = torch.arange(kind, kind + len(g.shapes), device=half.device)
-            for part in chunks(len(objects), g.size):
-                mine = Distribution(*(each[part, level].float() for each in distribution))
-                center = objects.centers[part]
-                across = mine.along((x - center[:, :1]) / half[part, :1], 0)  # (n, M, W)
-                down = mine.along((y - center[:, 1:]) / half[part, 1:], 1) * mine.share[..., None]  # (n, M, H)
-                value = across.new_zeros(len(center), g.height, g.width)
-                for m in range(across.shape[1]):
-                    value = value + down[:, m, :, None] * across[:, m, None]
-                good = (value >= self.negative_quality)[..., None]  # (n, H, W, 1)
-                left = (good & (suited[part, level, None] == shapes)[:, None, None]).flatten(1).to(torch.uint8)
-                of_level.scatter_reduce_(0, objects.image[part, None].expand_as(left), left, "amax")
+            of_level = torch.zeros(objects.batch_size * g.size, dtype=torch.uint8, device=device)
+            mine = Distribution(*(each[:, level].float() for each in distribution))
+            shape = objects.image * g.size + suited[:, level] - kind
+            cells = replace(g, shapes=g.shapes[:1])
+            x, y, _, _ = every_prior((cells,), device)
+            for row, cell, exists in around((cells,), len(x), low, high):
+                across, down = (
+                    (at[cell] - objects.centers[row, axis, None]) / half[row, axis, None]
+                    for axis, at in enumerate((x, y))
+                )
+                good = mine.of_rows(row).value_at(across, down) >= self.negative_quality
+                good &= exists & (across.abs() < 1) & (down.abs() < 1)
+                prior = shape[row, None] + cell * len(g.shapes)
+                of_level.scatter_reduce_(0, prior.view(-1), good.view(-1).to(torch.uint8), "amax")
             kind += len(g.shapes)
-            found.append(of_level)
+            found.append(of_level.view(objects.batch_size, -1))
         return torch.cat(found, 1) > 0
 
     def _assignment(self, owners: Owners, undecided: Tensor) -> Assignment:

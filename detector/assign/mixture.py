@@ -103,7 +103,7 @@ def overlapping(first: MaxIou, priors: Priors, objects: Objects) -> Assignment:
     """
     x, y, width, height = every_prior(priors.grids, objects.boxes.device)
     best = torch.full((objects.batch_size * len(priors),), LAST, device=x.device)
-    for rows in around.around(priors, *_reached(priors, objects.boxes, first.positive_iou)):
+    for rows in around.around(priors.grids, len(priors), *_reached(priors, objects.boxes, first.positive_iou)):
         mine, prior = rows.object[:, None], rows.prior
         cx, cy = objects.centers[mine].unbind(-1)
         w, h = (objects.boxes[mine, 2:] - objects.boxes[mine, :2]).unbind(-1)

@@ -67,7 +67,7 @@ class DualWeight(Assigner):
         most = min(self.most, count)
         kept = torch.zeros(len(objects), most, dtype=torch.int64, device=boxes.device)
         weights = torch.zeros(len(objects), most, device=boxes.device)
-        for rows in around(priors, objects.boxes[:, None, :2], objects.boxes[:, None, 2:]):
+        for rows in around(priors.grids, len(priors), objects.boxes[:, None, :2], objects.boxes[:, None, 2:]):
             mine, own = rows.object, objects.boxes[rows.object]
             flat = rows.prior + objects.image[mine, None] * count
             entry = flat * shape[2] + objects.labels[mine, None]

@@ -24,7 +24,7 @@ def test_all_priors_in_a_region_and_each_once(shapes: tuple[tuple[float, float],
     boxes = torch.cat([random_boxes(90, SIZE, 3), ODD])
     x, y = priors.centers[:, 0], priors.centers[:, 1]
     seen = []
-    for rows in around.around(priors, boxes[:, None, :2], boxes[:, None, 2:]):
+    for rows in around.around(priors.grids, len(priors), boxes[:, None, :2], boxes[:, None, 2:]):
         for i, prior, exists in zip(*rows, strict=True):
             found = prior[exists]
             x1, y1, x2, y2 = boxes[i]

@@ -54,43 +54,52 @@ def test_peak_memory_counts_what_is_held_at_one_time() -> None:
     assert result.numel() == 1 << 18
 
 
-@pytest.mark.parametrize(("name", "rule", "kind"), assignment.CASES)
-def test_assigners_equal_the_dense_version(name: str, rule, kind) -> None:  # type: ignore[no-untyped-def]
-    priors = assignment.make_priors(kind, (128, 160), CPU)
+def rules(*dense: str) -> pytest.MarkDecorator:
+    """Parametrize by the rules that are compared with this dense version."""
+    chosen = [rule for rule in assignment.RULES if rule.dense == dense]
+    assert chosen
+    return pytest.mark.parametrize("rule", chosen, ids=[rule.name for rule in chosen])
+
+
+@rules("assign_dense", "dense")
+def test_assigners_equal_the_dense_version(rule: assignment.Rule) -> None:
+    priors = assignment.make_priors(rule.home, (128, 160), CPU)
     objects = random_objects(2, 5, (128, 160))
-    result = assignment.measure(rule, priors, objects, assignment.load_dense(), CPU, patience=0)
-    assert result["same"] is True, name
+    result = assignment.measure(rule.rule, priors, objects, assignment.load_dense(), CPU, patience=0)
+    assert result["same"] is True
     assert result["dense_bytes"] / result["bytes"] == result["memory_ratio"]
-    alone = assignment.measure(rule, priors, objects, None, CPU, patience=0)
+    alone = assignment.measure(rule.rule, priors, objects, None, CPU, patience=0)
     assert (alone["bytes"], alone["same"], alone["dense_seconds"]) == (result["bytes"], None, None)
 
 
 @pytest.mark.parametrize("kind", assignment.KINDS)
-@pytest.mark.parametrize(("name", "rule", "by_class"), assignment.PREDICTED_CASES)
-def test_rules_that_look_at_predictions_equal_the_dense_version(name: str, rule, by_class, kind: str) -> None:  # type: ignore[no-untyped-def]
+@rules("assign_predicted", "dense_predicted")
+def test_rules_that_look_at_predictions_equal_the_dense_version(rule: assignment.Rule, kind: str) -> None:
     priors = assignment.make_priors(assignment.KINDS[kind], (128, 160), CPU)
     objects, said = random_objects(2, 5, (128, 160)), assignment.random_predictions(priors, 2)
-    dense = assignment.load_dense("assign_predicted", "dense_predicted")
-    result = assignment.measure(rule, priors, objects, dense, CPU, 0, said)
-    assert result["same"] is True, name
-    index, quality = dense(rule, priors, objects, said)  # type: ignore[misc]
+    dense = assignment.load_dense(*rule.dense)
+    assert dense is not None
+    result = assignment.measure(rule.rule, priors, objects, dense, CPU, 0, said)
+    assert result["same"] is True
+    index, quality = dense(rule.rule, priors, objects, said)
     assert (index >= 0).any()
-    found = rule(priors, objects, said)
+    found = rule.rule(priors, objects, said)
     assert assignment._same(found, (index, quality))
     assert not assignment._same(found, (index, quality + 0.001))
     assert not assignment._same(found, (index.roll(1), quality))
 
 
 @pytest.mark.parametrize("kind", assignment.KINDS)
-@pytest.mark.parametrize(("name", "rule"), assignment.PAIR_CASES)
-def test_rules_of_pairs_equal_the_dense_version(name: str, rule, kind: str) -> None:  # type: ignore[no-untyped-def]
+@rules("rules_dense", "dense_rule")
+def test_rules_of_pairs_equal_the_dense_version(rule: assignment.Rule, kind: str) -> None:
     priors = assignment.make_priors(assignment.KINDS[kind], (128, 160), CPU)
     objects, said = random_objects(2, 5, (128, 160)), assignment.random_predictions(priors, 2)
     said = replace(said, mixture=assignment.random_mixture(objects, len(priors.grids)))
-    dense = assignment.load_dense("rules_dense", "dense_rule")
-    assert assignment.measure(rule, priors, objects, dense, CPU, 0, said)["same"] is True, name
-    expected = dense(rule, priors, objects, said)  # type: ignore[misc]
-    found = rule(priors, objects, said)
+    dense = assignment.load_dense(*rule.dense)
+    assert dense is not None
+    assert assignment.measure(rule.rule, priors, objects, dense, CPU, 0, said)["same"] is True
+    expected = dense(rule.rule, priors, objects, said)
+    found = rule.rule(priors, objects, said)
     assert assignment._same(found, expected)
     assert not assignment._same(found, replace(expected, weight=expected.weight * 1.001))
     assert not assignment._same(found, replace(expected, object=9 - expected.object))
@@ -102,20 +111,20 @@ def test_rules_of_pairs_equal_the_dense_version(name: str, rule, kind: str) -> N
 
 
 def test_a_wrong_assigner_is_found_out() -> None:
-    _, rule, kind = assignment.CASES[1]
-    priors, objects = assignment.make_priors(kind, (128, 160), CPU), random_objects(1, 5, (128, 160))
+    rule = assignment.RULES[1]
+    priors, objects = assignment.make_priors(rule.home, (128, 160), CPU), random_objects(1, 5, (128, 160))
 
     def wrong(rule, priors, objects) -> torch.Tensor:  # type: ignore[no-untyped-def]
         return torch.zeros(1, len(priors), dtype=torch.long)
 
-    assert assignment.measure(rule, priors, objects, wrong, CPU, patience=0)["same"] is False
+    assert assignment.measure(rule.rule, priors, objects, wrong, CPU, patience=0)["same"] is False
 
 
 def test_target_of_assignment_is_one_size_and_count() -> None:
-    case = {"rule": assignment.CASES[0][0], "height": 800, "width": 1333, "images": 1, "objects": 1000}
+    case = {"rule": "FCOS, points", "first": True, "height": 800, "width": 1333, "images": 1, "objects": 1000}
     numbers = {"speed_up": 11.0, "memory_ratio": 19.0, "same": True}
     assert [target.met for target in assignment._targets(case | numbers)] == [True, False, True]
-    other = assignment._targets(case | numbers | {"rule": "FCOS, 9 anchors", "bytes": 3e9})
+    other = assignment._targets(case | numbers | {"first": False, "bytes": 3e9})
     assert [target.met for target in other] == [True, True]  # a tenth of the memory is enough; speed is for many images
     assert assignment._targets(case | numbers | {"objects": 10}) == []
     assert assignment._targets(case | numbers | {"same": None}) == []
@@ -200,13 +209,21 @@ def test_generated_images_are_as_large_as_photographs(tmp_path: Path) -> None:
 
 
 def test_every_rule_is_measured_on_points_and_nine_anchors() -> None:
-    """Where its targets are; and on its own priors at both sizes."""
+    """Where its targets are; and on its own priors with any number of objects."""
     cases = list(assignment._cases(CPU, quick=False))
     names = assignment.rule_names()
-    assert {(c.rule, c.name) for c in cases} >= {(n, f"{n}, {k}") for n in names for k in ("points", "9 anchors")}
-    assert sorted(c.rule for c in cases if c.everywhere) == sorted(names)
-    assert {c.name for c in cases} >= {name for name, *_ in assignment.CASES}
-    kinds = {type(c.assigner).model_fields["type"].default for c in cases}
+    assert {(c.rule.name, c.label) for c in cases} >= {(n, k) for n in names for k in ("points", "9 anchors")}
+    targets = {(assignment.TARGET_SIZE, *count) for count in assignment.TARGET_COUNTS}
+    for case in cases:
+        inputs = set(case.inputs())
+        assert inputs >= targets
+        if case.kind is case.rule.home:
+            sizes = assignment.SIZES if case.rule.first else assignment.SIZES[1:]
+            assert inputs == {(size, n, count) for size in sizes for n in (1, 8) for count in assignment.COUNTS}
+        else:
+            assert inputs == targets
+    assert sorted(c.rule.name for c in cases if c.kind is c.rule.home) == sorted(names)
+    kinds = {type(c.rule.rule).model_fields["type"].default for c in cases}
     assert kinds == set(step_share.rules()) - {"switch", "anneal"}, "a rule of label assignment is not measured"
 
 

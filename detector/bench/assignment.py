@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,16 @@ from detector.assign import (
     YoloBest,
     YoloRatio,
 )
-from detector.bench.measure import Table, Target, bytes_text, peak_bytes, seconds_text, take_turns
+from detector.bench.measure import (
+    Table,
+    Target,
+    bytes_text,
+    clock_note,
+    clock_of,
+    peak_bytes,
+    seconds_text,
+    take_turns,
+)
 from detector.bench.networks import NUM_CLASSES, random_objects
 from detector.models.priors import Anchors, GridPriors, Points
 from detector.seeding import SYNTHETIC, generator
@@ -58,34 +68,44 @@ POINTS, NINE = Points(), Anchors()
 ONE = Anchors(scale=8, octave_scales=1, ratios=(1.0,))
 KINDS: dict[str, GridPriors] = {"points": POINTS, "1 anchor": ONE, "9 anchors": NINE}
 
-CASES: tuple[tuple[str, Assigner, GridPriors], ...] = (
-    ("FCOS, points", Fcos(), POINTS),
-    ("ATSS, 1 anchor", Atss(), ONE),
-    ("max-IoU, 9 anchors", MaxIou(), NINE),
-)
 
-# Rules that look at predictions.
-PREDICTED_CASES: tuple[tuple[str, Assigner, bool], ...] = (  # name, rule, does the dense version hold every class
-    ("SimOTA", SimOta(), True),
-    ("dynamic soft label", DynamicSoftLabel(), True),
-    ("task-aligned", TaskAligned(), False),
-    ("OTA", Ota(), False),
-    ("Hungarian", Hungarian(), False),
+@dataclass(frozen=True)
+class Rule:
+    """What is measured, and against which dense version: a file and its function in `tests/reference`."""
+
+    name: str
+    rule: Assigner
+    home: GridPriors  # the priors that it is measured on with any number of objects
+    dense: tuple[str, str]
+    predictions: bool = True  # given to the rule
+    by_class: bool = False  # the dense version holds every class of every pair
+    first: bool = False  # more is asked of these, and they are also measured on a smaller image
+
+
+ALL_PRIORS, PREDICTED = ("assign_dense", "dense"), ("assign_predicted", "dense_predicted")
+PAIRS = ("rules_dense", "dense_rule")  # for rules of pairs and weights; on the CPU alone
+
+RULES = (
+    Rule("FCOS", Fcos(), POINTS, ALL_PRIORS, predictions=False, first=True),
+    Rule("ATSS", Atss(), ONE, ALL_PRIORS, predictions=False, first=True),
+    Rule("max-IoU", MaxIou(), NINE, ALL_PRIORS, predictions=False, first=True),
+    Rule("SimOTA", SimOta(), POINTS, PREDICTED, by_class=True),
+    Rule("dynamic soft label", DynamicSoftLabel(), POINTS, PREDICTED, by_class=True),
+    Rule("task-aligned", TaskAligned(), POINTS, PREDICTED),
+    Rule("OTA", Ota(), POINTS, PREDICTED),
+    Rule("Hungarian", Hungarian(), POINTS, PREDICTED),
+    Rule("YOLO ratio", YoloRatio(), ONE, PAIRS),
+    Rule("YOLO best", YoloBest(), ONE, PAIRS),
+    Rule("uniform", Uniform(), ONE, PAIRS),
+    Rule("point scale", PointScale(), ONE, PAIRS),
+    Rule("centre Gaussian", CenterGaussian(), ONE, PAIRS),
+    Rule("centre region", CenterRegion(), ONE, PAIRS),
+    Rule("PAA", Paa(), ONE, PAIRS),
+    Rule("DW", DualWeight(), ONE, PAIRS),
+    Rule("IQDet", IqDet(), ONE, PAIRS),
 )
 
 NEGLIGIBLE = 1e-12  # weight of a pair
-# Rules of pairs and weights.
-PAIR_CASES: tuple[tuple[str, Assigner], ...] = (
-    ("YOLO ratio", YoloRatio()),
-    ("YOLO best", YoloBest()),
-    ("uniform", Uniform()),
-    ("point scale", PointScale()),
-    ("centre Gaussian", CenterGaussian()),
-    ("centre region", CenterRegion()),
-    ("PAA", Paa()),
-    ("DW", DualWeight()),
-    ("IQDet", IqDet()),
-)
 
 METHOD = (
     "One call for a batch of one or {batch} images with so many objects in each, against the plain dense version in"
@@ -94,9 +114,9 @@ METHOD = (
     " allocator's own record of allocations and releases.  `same`: both give every prior the same object or label,"
     " checked in this run.  Where objects and priors multiply to more than {most:.0f} million the dense version is left"
     " out (those of an image, with up to {few} objects in each; of the batch, with more).  Every rule is run on points"
-    " and on 9 anchors a cell at {height}x{width}, as far as its target needs, and on its own priors everywhere.  Rules"
-    " that look at predictions get {classes} class logits a prior and predicted boxes around it;"
-    " the dense versions of SimOTA and dynamic soft label compare every class of every pair, as mmdetection does, and"
+    " and on 9 anchors a cell at {height}x{width}, as far as its target needs, on its own priors with any number of"
+    " objects.  Rules that look at predictions get {classes} class logits a prior and predicted boxes around it; the"
+    " dense versions of SimOTA and dynamic soft label compare every class of every pair, as mmdetection does, and"
     " are left out beyond {by_class:.0f} million of these an image; `same` includes soft class targets within 1e-5 for"
     " them; PAA's fits each object with scikit-learn's mixture, as mmdetection does.  IQDet gets a mixture of two"
     " Gaussians for each object and level.{missing}"
@@ -107,7 +127,9 @@ Dense = Callable[..., Any]  # (rule, priors, objects) -> (B, R); with prediction
 
 def run(device: torch.device, quick: bool, rules: tuple[str, ...] = ()) -> Table:
     """`rules`: names as in the tables, without the priors; none: all."""
-    results = [result for case in _cases(device, quick) if not rules or case.rule in rules for result in case.results()]
+    results = [
+        result for case in _cases(device, quick) if not rules or case.rule.name in rules for result in case.results()
+    ]
     return Table(
         title="Label assignment",
         method=METHOD.format(
@@ -119,7 +141,8 @@ def run(device: torch.device, quick: bool, rules: tuple[str, ...] = ()) -> Table
             by_class=MOST_BY_CLASS / 1e6,
             classes=NUM_CLASSES,
             missing="" if load_dense() else "  Run outside a checkout: there is no dense version to compare with.",
-        ),
+        )
+        + clock_note(device),
         columns=(
             "rule", "input", "images", "objects in each", "time", "peak memory",
             "dense: time", "peak memory", "times faster", "times less memory", "same",
@@ -131,62 +154,51 @@ def run(device: torch.device, quick: bool, rules: tuple[str, ...] = ()) -> Table
 
 
 def rule_names() -> list[str]:
-    names = [case[0] for case in CASES] + [case[0] for case in PREDICTED_CASES] + [case[0] for case in PAIR_CASES]
-    return [name.partition(",")[0] for name in names]
+    return [rule.name for rule in RULES]
 
 
 @dataclass
 class Case:
     """A rule on one kind of priors."""
 
-    rule: str  # its name
-    name: str  # with the priors
-    assigner: Assigner
+    rule: Rule
+    label: str
     kind: GridPriors
-    everywhere: bool  # or only where there is a target
-    dense: Dense | None
-    predictions: bool  # given to the rule
-    by_class: bool  # does the dense version hold every class of every pair
     device: torch.device
     quick: bool
 
-    def results(self) -> Iterator[dict[str, Any]]:
-        for size in SIZES[:1] if self.quick else SIZES if self.everywhere else (TARGET_SIZE,):
-            priors = make_priors(self.kind, size, self.device)
+    def inputs(self) -> Iterator[tuple[tuple[int, int], int, int]]:
+        """Size of the image, images, objects in each."""
+        at_home = self.kind is self.rule.home
+        for size in SIZES[:1] if self.quick else SIZES if at_home and self.rule.first else (TARGET_SIZE,):
             for images in (1, BATCH):
-                said = random_predictions(priors, images) if self.predictions else None
                 for count in COUNTS[:1] if self.quick else COUNTS:
-                    if not (self.quick or self.everywhere or (images, count) in TARGET_COUNTS):
-                        continue
-                    objects = random_objects(images, count, size).to(self.device)
-                    left_out = self.by_class and count * len(priors) * NUM_CLASSES > MOST_BY_CLASS
-                    if isinstance(self.assigner, IqDet) and said is not None:
-                        said = replace(said, mixture=random_mixture(objects, len(priors.grids)))
-                    dense, patience = None if left_out else self.dense, 0.1 if self.quick else 3.0
-                    result = measure(self.assigner, priors, objects, dense, self.device, patience, said)
-                    case = {"rule": self.name, "height": size[0], "width": size[1], "images": images, "objects": count}
-                    yield case | result
+                    if self.quick or at_home or (images, count) in TARGET_COUNTS:
+                        yield size, images, count
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        rule = self.rule.rule
+        dense = load_dense(*self.rule.dense) if self.rule.dense is not PAIRS or self.device.type == "cpu" else None
+        for size, images, count in self.inputs():
+            priors = make_priors(self.kind, size, self.device)
+            objects = random_objects(images, count, size).to(self.device)
+            said = random_predictions(priors, images) if self.rule.predictions else None
+            if isinstance(rule, IqDet) and said is not None:
+                said = replace(said, mixture=random_mixture(objects, len(priors.grids)))
+            left_out = self.rule.by_class and count * len(priors) * NUM_CLASSES > MOST_BY_CLASS
+            patience = 0.1 if self.quick else 3.0
+            result = measure(rule, priors, objects, None if left_out else dense, self.device, patience, said)
+            name = f"{self.rule.name}, {self.label}"
+            case = {"rule": name, "height": size[0], "width": size[1], "images": images, "objects": count}
+            yield case | {"first": self.rule.first and self.kind is self.rule.home} | result
 
 
 def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Each rule on its own priors everywhere, and on points and 9 anchors where there is a target."""
-    groups: list[tuple[Any, Dense | None, GridPriors | None]] = [
-        ([(name.partition(",")[0], rule, False, kind) for name, rule, kind in CASES], load_dense(), None),
-        (PREDICTED_CASES, load_dense("assign_predicted", "dense_predicted"), POINTS),
-        (
-            [(name, rule, False) for name, rule in PAIR_CASES],
-            load_dense("rules_dense", "dense_rule") if device.type == "cpu" else None,
-            ONE,
-        ),
-    ]
-    for cases, dense, usual in groups:
-        for name, rule, by_class, *own in cases:
-            home = own[0] if own else usual
-            for label, kind in KINDS.items():
-                if kind is home or (kind is not ONE and not quick):
-                    yield Case(
-                        name, f"{name}, {label}", rule, kind, kind is home, dense, not own, by_class, device, quick
-                    )
+    """Each rule on its own priors, and on points and 9 anchors where there is a target."""
+    for rule in RULES:
+        for label, kind in KINDS.items():
+            if kind is rule.home or (kind is not ONE and not quick):
+                yield Case(rule, label, kind, device, quick)
 
 
 def random_predictions(priors: Priors, images: int) -> Predictions:
@@ -232,8 +244,9 @@ def measure(
     result: dict[str, Any] = {"bytes": peak_bytes(ours, device)[0]}
     result |= dict.fromkeys(("dense_seconds", "dense_bytes", "speed_up", "memory_ratio", "same"))
     each = len(objects) // objects.batch_size
+    turns = partial(take_turns, device=device, turns=15, warm_up=0, patience=patience, clock=clock_of(device))
     if dense is None or (each if each <= FEW else len(objects)) * len(priors) > MOST_PAIRS:
-        times = take_turns({"ours": ours}, device, turns=15, warm_up=0, patience=patience)
+        times = turns({"ours": ours})
         return result | {"seconds": times.median("ours")}
 
     def plain() -> Any:
@@ -242,7 +255,9 @@ def measure(
     result["dense_bytes"], expected = peak_bytes(plain, device)
     result["memory_ratio"] = result["dense_bytes"] / result["bytes"]
     result["same"] = _same(ours(), expected)
-    times = take_turns({"ours": ours, "dense": plain}, device, turns=15, warm_up=0, patience=patience)
+    times = take_turns(
+        {"ours": ours, "dense": plain}, device, turns=15, warm_up=0, patience=patience, clock=clock_of(device)
+    )
     result["speed_up"] = times.ratio("dense", "ours")
     return result | {"seconds": times.median("ours"), "dense_seconds": times.median("dense")}
 
@@ -326,7 +341,7 @@ def _targets(result: dict[str, Any]) -> list[Target]:
         found.append(Target(f"{what}: peak memory", result["bytes"] / 1e9, MOST_BYTES / 1e9, at_most=True, unit=" GB"))
     if result["same"] is None:
         return found
-    first = any(result["rule"] == name for name, _, _ in CASES)
+    first = result["first"]
     if (images, each) == (BATCH, 100) or (each == 1000 and first):
         found.append(Target(f"{what}: times faster", result["speed_up"], LEAST_SPEED_UP, at_most=False))
     if each == 1000:

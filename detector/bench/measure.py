@@ -80,6 +80,16 @@ def take_turns(
     return Times(seconds)
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """On one thread the process's own time, which other jobs do not lengthen as much; else the wall's."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def clock_note(device: torch.device) -> str:
+    """A sentence for a table's method, where there is something to say."""
+    return "  Seconds are the process's on the processor." if clock_of(device) is time.process_time else ""
+
+
 @contextmanager
 def one_cv2_thread() -> Iterator[None]:
     """OpenCV on one core, as in a data worker."""

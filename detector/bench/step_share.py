@@ -8,7 +8,7 @@ import torch
 
 from detector.assign import Assigner, Constant
 from detector.bench.assignment import random_predictions
-from detector.bench.measure import Call, Table, Target, Times, seconds_text, take_turns
+from detector.bench.measure import Call, Table, Target, Times, clock_note, clock_of, seconds_text, take_turns
 from detector.bench.networks import NUM_CLASSES, PRECISIONS, methods, random_images, random_objects
 from detector.losses.dense import DenseCriterionConfig
 from detector.losses.quality import QualityBce
@@ -64,7 +64,7 @@ def run(device: torch.device, quick: bool) -> Table:
         targets.append(Target(what, numbers[name][precision] * 100, MOST_SHARE * 100, True, " %"))
     return Table(
         title="Share of a train step that a rule takes",
-        method=METHOD.format(batch=BATCH, side=side, objects=OBJECTS, turns=turns),
+        method=METHOD.format(batch=BATCH, side=side, objects=OBJECTS, turns=turns) + clock_note(device),
         columns=("rule", "objects in each", "rule", *(c for p in PRECISIONS for c in (f"step, {p}", "share"))),
         rows=rows,
         targets=targets,
@@ -101,7 +101,7 @@ def compare(model: DenseConfig, device: torch.device, side: int, turns: int) -> 
     calls: dict[str, Call] = {f"network {p}": lambda p=p: pass_through(p) for p in PRECISIONS}  # type: ignore[misc]
     for name, rule in rules().items():
         calls |= calls_of(name, rule, outputs, objects)
-    return take_turns(calls, device, turns=turns)
+    return take_turns(calls, device, turns=turns, clock=clock_of(device))
 
 
 def as_if_learnt(outputs: Outputs) -> Outputs:

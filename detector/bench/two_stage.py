@@ -6,7 +6,6 @@ With the same weights both have the same proposals and detections, on which most
 from __future__ import annotations
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,7 +20,17 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from detector.bench.measure import Table, Target, bytes_text, peak_bytes, seconds_text, take_turns, wait
+from detector.bench.measure import (
+    Table,
+    Target,
+    bytes_text,
+    clock_note,
+    clock_of,
+    peak_bytes,
+    seconds_text,
+    take_turns,
+    wait,
+)
 from detector.bench.networks import NUM_CLASSES, random_images, random_objects
 from detector.config.run import RunConfig
 from detector.convert.common import configuration, rename
@@ -82,7 +91,6 @@ def compare(device: torch.device, side: int, turns: int) -> Table:
             what = "train: proposals, assignment and sampling of both stages"
             targets.append(Target(what, share * 100, SHARE * 100, True, " %"))
         numbers[task] = {"seconds": times.seconds, "memory": memory, "parts": parts}
-    clock = "  Seconds are the process's on the processor." if clock_of(device) is time.process_time else ""
     return Table(
         title="Faster R-CNN",
         method=METHOD.format(
@@ -91,7 +99,7 @@ def compare(device: torch.device, side: int, turns: int) -> Table:
             side=side,
             objects=OBJECTS,
             candidates=CANDIDATES,
-            clock=clock,
+            clock=clock_note(device),
             turns=turns,
         ),
         columns=("what", "ours", "torchvision", "ours over torchvision", "our memory", "torchvision's"),
@@ -99,11 +107,6 @@ def compare(device: torch.device, side: int, turns: int) -> Table:
         targets=targets,
         numbers=numbers,
     )
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """On one thread the process's own time, which other jobs do not lengthen as much; else the wall's."""
-    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 class Pair:

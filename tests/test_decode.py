@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
-from detector.coders import Coder, Deltas, Distances
+from detector.coders import Bins, Coder, Deltas, Distances
 from detector.decode import DecodeConfig, _best, _candidates, decode
 from detector.models.priors import Anchors
 from detector.structures import Detections, Outputs, Priors
@@ -89,6 +89,8 @@ def test_same_as_the_plain_version(config: DecodeConfig, num_classes: int) -> No
 GOLDEN = {
     "predict_fcos": (Distances(activation="relu"), DecodeConfig(pre_nms_topk=100)),
     "predict_atss": (Deltas(std=(0.1, 0.1, 0.2, 0.2)), DecodeConfig()),
+    "predict_gfl": (Bins(), DecodeConfig()),
+    "predict_rtmdet": (Distances(activation="none"), DecodeConfig()),
     "predict_retina": (Deltas(), DecodeConfig(nms_iou=0.5)),
     "predict_retina_empty": (Deltas(), DecodeConfig(nms_iou=0.5)),
     "predict_paa": (
@@ -125,8 +127,9 @@ def _golden_outputs(setup: dict[str, Tensor], given: dict[str, Tensor], coder: C
     level_sizes = (cells * (count // int(cells.sum()))).tolist()
     stride = setup["strides"].float().repeat_interleave(torch.tensor(level_sizes))
     box = given["box"]
-    if "points" in setup:
-        boxes = setup["points"].repeat(1, 2) + torch.tensor([-1.0, -1, 1, 1]) * stride[:, None]
+    points = setup.get("points", setup.get("points_strides"))
+    if points is not None:
+        boxes = points[:, :2].repeat(1, 2) + torch.tensor([-1.0, -1, 1, 1]) * stride[:, None]
         box = box / stride[:, None]  # the peer's distances are in pixels
     else:
         boxes = setup["anchors"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import get_args
 
@@ -47,6 +48,49 @@ def test_every_rule_has_a_recipe_that_changes_nothing_else() -> None:
         assert config.assigner.type == rule
         assert config.model_copy(update={"assigner": base.assigner, "name": base.name}) == base
         assert len(path.read_text().splitlines()) <= 12, f"{path}: a short file"
+
+
+# What papers and the authors' codes say and a slip of the pen would change without a test noticing.
+PUBLISHED = {
+    "gfl": {"criterion.classification.beta": 2, "criterion.box.weight": 2, "criterion.distribution.weight": 0.25,
+            "model.head.coder.reg_max": 16, "assigner.topk": 9},
+    "vfnet": {"criterion.classification.alpha": 0.75, "criterion.classification.gamma": 2, "model.head.start": 8,
+              "criterion.initial_box.weight": 1.5, "criterion.box.weight": 2, "model.head.convs": 3},
+    "tood": {"assigner.first.topk": 9, "assigner.then.topk": 13, "assigner.then.alpha": 1, "assigner.then.beta": 6,
+             "assigner.after.epochs": 4, "criterion.box.weight": 2, "model.head.convs": 6},
+    "paa": {"assigner.topk": 9, "assigner.first.positive_iou": 0.1, "assigner.pair_loss.box_weight": 1.3,
+            "criterion.box.weight": 1.3, "criterion.quality.weight": 0.5, "decode.quality": "geometric",
+            "decode.threshold_on": "score", "decode.score_voting": 0.025},
+    "free_anchor": {"criterion.bag": 50, "criterion.gamma": 2, "criterion.box_iou": 0.6, "criterion.box.beta": 0.11,
+                    "criterion.box.weight": 0.75, "criterion.positive_weight": 0.5, "criterion.negative_weight": 0.5},
+    "auto_assign": {"criterion.positive_weight": 0.25, "criterion.negative_weight": 0.75, "criterion.box.weight": 5,
+                    "criterion.center_weight": 0.75, "criterion.sharpness": 3, "model.head.start": 4,
+                    "model.head.coder.activation": "relu", "model.head.prior_probability": 0.02},
+    "ota": {"assigner.center_radius": 2.5, "assigner.topk": 20, "assigner.iou_weight": 1.5, "assigner.eps": 0.1,
+            "assigner.iterations": 50, "criterion.box.weight": 2, "criterion.box_weighting": "iou",
+            "criterion.quality.weight": 0.5, "decode.quality": "geometric", "model.head.coder.activation": "relu"},
+    "iqdet": {"assigner.samples": 12, "model.encoder.components": 2, "criterion.encoder_weight": 1},
+    "dw": {"assigner.beta": 5, "assigner.mu": 5, "assigner.nu": 3, "assigner.sigma": 1.11, "model.head.start": 4,
+           "assigner.negative_iou": 0.5, "train.schedule.warmup.steps": 1000},
+    "yolox_head": {"assigner.center_radius": 2.5, "assigner.candidate_topk": 10, "assigner.iou_weight": 3,
+                   "criterion.box.weight": 5, "criterion.box.mode": "square", "decode.score_threshold": 0.01,
+                   "decode.threshold_on": "score", "decode.nms_iou": 0.65},
+    "rtmdet_head": {"assigner.center_radius": 3, "assigner.topk": 13, "assigner.iou_weight": 3,
+                    "criterion.classification.beta": 2, "criterion.box.weight": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers(name: str) -> None:
+    config = load_config(CONFIGS / "published" / f"{name}_r50_fpn_1x_coco.yaml")
+    for key, expected in PUBLISHED[name].items():
+        assert attrgetter(key)(config) == expected, key
+    assert config.train.optimizer.lr == 0.01  # for 16 images, as all of them have it
+    assert config.train.batch_size == 16
+
+
+def test_every_published_recipe_has_its_numbers_here() -> None:
+    assert {path.stem.removesuffix("_r50_fpn_1x_coco") for path in (CONFIGS / "published").iterdir()} == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("path", recipes())

@@ -6,12 +6,12 @@ pairs, K classes.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
@@ -57,6 +57,12 @@ class Hungarian(Assigner):
     giou_cost: float = Field(default=2.0, ge=0)
     alpha: float = Field(default=0.25, gt=0, lt=1)  # of the focal loss
     gamma: float = Field(default=2.0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_costs(self) -> Self:
+        if not (self.class_cost or self.l1_cost or self.giou_cost):
+            raise ValueError("class_cost, l1_cost and giou_cost are all 0, so any matching would do: set one above 0")
+        return self
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from detector.assign import around
@@ -48,6 +48,13 @@ class Paa(Assigner):
     topk: int = Field(9, ge=1, description="candidates of an object on each level")
     iterations: int = Field(100, ge=1, description="of expectation maximisation, at most")
     tolerance: float = Field(1e-3, ge=0, description="a fit whose mean log likelihood changes by less has settled")
+
+    @model_validator(mode="after")
+    def _first_only_proposes(self) -> Self:
+        for name, field in Assigner.model_fields.items():
+            if getattr(self.first, name) != field.default:
+                raise ValueError(f"first.{name} would do nothing, as `first` only proposes: set {name} of paa itself")
+        return self
 
     def assign(self, priors: Priors, objects: Objects, predictions: Predictions | None) -> Assignment:
         assert predictions is not None

@@ -47,6 +47,16 @@ class Glide(Node):
             share = (1 - math.cos(math.pi * share)) / 2
         return self.start + (self.end - self.start) * share
 
+    @model_validator(mode="after")
+    def _leaves_before_it_arrives(self) -> Self:
+        """In one unit; others can be compared once the run's length is known."""
+        if self.begin is not None and self.until is not None:
+            for unit in Length.model_fields:
+                first, last = getattr(self.begin, unit), getattr(self.until, unit)
+                if first is not None and last is not None and first >= last:
+                    raise ValueError(f"begin is {self.begin}, which must be before until, {self.until}")
+        return self
+
 
 class Changing(Assigner):
     """A rule that is another one in each step.
@@ -101,16 +111,28 @@ class Anneal(Changing):
     def notes(self, horizon: Horizon) -> list[str]:
         for step in range(0, horizon.total, max(1, horizon.total // (4 * STAGES))):
             self.at(step, horizon)  # better now than in the middle of the run
-        return [
-            f"assigner.parameters.{name} reaches its end only after {horizon.steps(glide.until)} steps, the run ends"
-            f" after {horizon.total}"
-            for name, glide in self.parameters.items()
-            if glide.until is not None and horizon.steps(glide.until) > horizon.total
-        ]
+        notes = []
+        for name, glide in self.parameters.items():
+            key = f"assigner.parameters.{name}"
+            begin = 0 if glide.begin is None else horizon.steps(glide.begin)
+            until = horizon.total if glide.until is None else horizon.steps(glide.until)
+            if glide.until is not None and begin >= until:
+                raise ConfigError(f"{key}: begin is {glide.begin}, which must be before until, {glide.until}")
+            if begin >= horizon.total:
+                notes.append(f"{key} begins only after {begin} steps, the run ends after {horizon.total}")
+            elif until > horizon.total:
+                notes.append(f"{key} reaches its end only after {until} steps, the run ends after {horizon.total}")
+        return notes
 
     @model_validator(mode="after")
     def _numbers_of_the_rule(self) -> Self:
-        numbers = [name for name, field in type(self.rule).model_fields.items() if _number(field.annotation)]
+        fields = type(self.rule).model_fields.items()
+        # How many classes there are does not change while training.
+        numbers = [name for name, field in fields if _number(field.annotation) and name != "num_classes"]
+        if not self.parameters:
+            raise ValueError(
+                f"parameters is empty, so nothing would change; {self.rule_name()} has {', '.join(numbers)}"
+            )
         for name in self.parameters:
             if name not in numbers:
                 has = ", ".join(numbers)
@@ -146,6 +168,12 @@ class Switch(Changing):
     def at(self, step: int, horizon: Horizon) -> Assigner:
         """Numbers that glide inside count from the start of the run."""
         return (self.first if step < horizon.steps(self.after) else self.then).at(step, horizon)
+
+    @model_validator(mode="after")
+    def _two_rules(self) -> Self:
+        if self.first == self.then:
+            raise ValueError("first and then are the same rule, so nothing would change: change one, or use it alone")
+        return self
 
     def last(self) -> Assigner:
         return self.then

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from detector.models.heads import HeadConfig, initialise, say
+from detector.models.heads import HeadConfig, initialise, say, start_at
 from detector.models.layers import conv2d, norm2d
 from detector.structures import Outputs, Priors
 
@@ -121,6 +121,8 @@ class DenseHead(GridHead):
         self.level_scale = nn.Parameter(torch.ones(len(strides))) if config.level_scale else None
         initialise(self)
         say(config.prior_probability, self.classes)
+        if config.start is not None:
+            start_at(config.start, self.box, config, self.strides[0])
 
     def forward(self, maps: Sequence[Tensor]) -> Outputs:
         classes, boxes, qualities = [], [], []

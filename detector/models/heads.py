@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -27,6 +28,12 @@ class HeadConfig(Node):
     level_scale: bool = Field(False, description="a learnt factor for the raw boxes of each level (FCOS)")
     quality: bool = Field(False, description="predict a centerness or IoU from the features of the boxes")
     prior_probability: float = Field(0.01, gt=0, lt=1, description="class score of every prior before training")
+    start: float | None = Field(
+        None,
+        gt=0,
+        description="strides from the prior's centre to each side of its box (before any refinement) before training;"
+        " null: whatever the coder makes of 0",
+    )
 
     @property
     def output_coder(self) -> Coder:
@@ -58,3 +65,16 @@ def say(probability: float, predictor: nn.Module) -> None:
     last = [module for module in predictor.modules() if isinstance(module, nn.Conv2d)][-1]
     assert last.bias is not None
     nn.init.constant_(last.bias, -math.log((1 - probability) / probability))
+
+
+@torch.no_grad()
+def start_at(distance: float, predictor: nn.Module, config: HeadConfig, stride: int) -> None:
+    """Makes the boxes that `predictor` says start with their sides so many strides from the prior's centre."""
+    half = torch.tensor(config.priors.shapes(stride)) / 2  # (A, 2)
+    side = torch.full_like(half, distance * stride)
+    raw = config.coder.encode(
+        torch.cat([-half, half], 1), half.new_full((len(half),), stride), torch.cat([-side, side], 1)
+    )
+    last = [module for module in predictor.modules() if isinstance(module, nn.Conv2d)][-1]
+    assert last.bias is not None
+    last.bias.copy_(raw.flatten())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from detector.coders import AnyCoder, Coder, Distances
 from detector.models.corrections import SIGNED, product
 from detector.models.dense_head import GridHead, TowerLayer, flat
-from detector.models.heads import HeadConfig, initialise, say
+from detector.models.heads import HeadConfig, initialise, say, start_at
 from detector.models.layers import conv2d
 from detector.models.priors import AnyPriors, Points
 from detector.models.refinement import AnyRefinement, Star
@@ -38,12 +38,6 @@ class RefinedHeadConfig(HeadConfig):
     refine: AnyRefinement = Field(Star(), description="the second look: boundary (DW) or star (VarifocalNet)")
     objectness: bool = Field(
         False, description="class scores are products of a class's and a place's probability, as in DW"
-    )
-    start: float | None = Field(
-        None,
-        gt=0,
-        description="strides from the prior's centre to each side of the initial boxes before training; null: whatever"
-        " the coder makes of 0",
     )
 
     @model_validator(mode="after")
@@ -100,7 +94,7 @@ class RefinedHead(GridHead):
             say(place, self.objectness)
         say(probability, self.classes)
         if config.start is not None:
-            self._start_at(config.start)
+            start_at(config.start, self.box, config, self.strides[0])
 
     def forward(self, maps: Sequence[Tensor]) -> Outputs:
         coder, priors = self.config.coder, self.priors(maps)
@@ -134,16 +128,3 @@ class RefinedHead(GridHead):
             coder=SIGNED,
             initial=Outputs(priors, class_logits, torch.cat(first, dim=1), quality_logits, coder),
         )
-
-    @torch.no_grad()
-    def _start_at(self, distance: float) -> None:
-        """Biases from which the coder makes boxes whose sides are so many strides away."""
-        stride = self.strides[0]
-        half = torch.tensor(self.config.priors.shapes(stride)) / 2  # (A, 2)
-        side = torch.full_like(half, distance * stride)
-        raw = self.config.coder.encode(
-            torch.cat([-half, half], 1), half.new_full((len(half),), stride), torch.cat([-side, side], 1)
-        )
-        last = [module for module in self.box.modules() if isinstance(module, nn.Conv2d)][-1]
-        assert last.bias is not None
-        last.bias.copy_(raw.flatten())

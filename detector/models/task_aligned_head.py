@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from detector.coders import AnyCoder, Coder, Distances
 from detector.models.corrections import SIGNED, geometric_mean, look_up
 from detector.models.dense_head import GridHead, TowerLayer, flat
-from detector.models.heads import HeadConfig, initialise, say
+from detector.models.heads import HeadConfig, initialise, say, start_at
 from detector.models.layers import conv2d
 from detector.structures import Outputs
 
@@ -98,6 +98,8 @@ class TaskAlignedHead(GridHead):
         initialise(self)
         say(config.prior_probability, self.classes)
         say(config.prior_probability, self.alignment)
+        if config.start is not None:
+            start_at(config.start, self.box, config, self.strides[0])
 
     def forward(self, maps: Sequence[Tensor]) -> Outputs:
         priors = self.priors(maps)

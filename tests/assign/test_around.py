@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from detector.assign import Assigner, CenterRegion, DualWeight, MaxIou, Paa, TaskAligned, around
+from detector.assign import Assigner, Atss, CenterRegion, DualWeight, Fcos, MaxIou, Paa, TaskAligned, around
+from detector.assign.pair_loss import BcePairLoss
 from detector.assign.tiles import Bounds, layout
 from detector.boxes import all_pairs_iou
 from detector.structures import Priors
 from tests.assign.make import EXACT, ONE_ANCHOR, POINT, batch, pyramid, random_boxes
-from tests.assign.test_guarantees import pairs_in_order, predictions
+from tests.assign.test_guarantees import NeverWaits, pairs_in_order, predictions
 
 SIZE = (200, 264)
 ODD = torch.tensor([[-50.0, -50, -10, -10], [0, 0, 264, 200], [-99, -99, 999, 999], [8, 8, 8, 8], [3, 90, 260, 91]])
@@ -54,6 +55,10 @@ VARIANTS = [
     TaskAligned(beta=0),
     Paa(first=MaxIou(positive_iou=0.3, negative_iou=0.2, low_quality="first")),
     Paa(first=MaxIou(positive_iou=0.3, negative_iou=0.3, low_quality="none")),
+    Paa(first=Atss(topk=20), pair_loss=BcePairLoss(box="iou"), topk=3),
+    Paa(first=Fcos(), iterations=7, tolerance=0),
+    DualWeight(keep_one=True),
+    TaskAligned(keep_one=True),
     DualWeight(most=5),
     CenterRegion(center=0.5, shadow=0.9, min_coverage=0.3),
 ]
@@ -74,6 +79,8 @@ def test_asking_the_device_changes_nothing(rule: Assigner, on: str, monkeypatch:
     asked = rule(priors, objects, said)
     monkeypatch.setattr(around, "may_ask", lambda device: False)
     never = rule(priors, objects, said)
+    with NeverWaits():
+        rule(priors, objects, said)
     assert torch.equal(pairs_in_order(asked)[0], pairs_in_order(never)[0])
     torch.testing.assert_close(pairs_in_order(asked)[1], pairs_in_order(never)[1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(asked.background_weight, never.background_weight, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detector.assign import Assigner, Fcos, Rule, around
+from detector.assign.schedule import Changing
 from detector.structures import BACKGROUND, IGNORED, Assignment, Objects, Predictions, Priors
+from detector.train.length import Horizon
 from tests.assign.make import EXACT, ONE_ANCHOR, POINT, batch, pyramid, random_boxes
 
 SIZE = (200, 264)
@@ -273,11 +275,33 @@ class NeverWaits(TorchDispatchMode):
         "_local_scalar_dense",
         "nonzero",
         "masked_select",
+        "masked_scatter",
         "unique",
+        "bincount",
+        "histc",
+        "repeat_interleave.Tensor",
         "equal.default",
         "is_nonzero",
         "lift_fresh",
     )
+    unseen = ("tolist", "numpy", "cpu")  # a CPU's tensors need no operation for these
+
+    def __enter__(self) -> Any:
+        for name in self.unseen:
+            setattr(Tensor, name, self.refuse(name))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for name in self.unseen:
+            delattr(Tensor, name)  # torch's own is that of its base class
+        super().__exit__(*error)
+
+    @staticmethod
+    def refuse(name: str) -> Any:
+        def refused(*given: Any, **named: Any) -> Any:
+            raise AssertionError(f"Tensor.{name} waits for the device")
+
+        return refused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert not any(name in str(func) for name in self.forbidden), func
@@ -286,19 +310,51 @@ class NeverWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+ASKS = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool((x > 0).all()),
+    "float": lambda x: float(x[0]),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "cpu": lambda x: x.cpu(),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "mask": lambda x: x[x > 0],
+    "mask assignment": lambda x: x.index_put_((x > 0,), torch.zeros(())),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "bincount": lambda x: x.long().bincount(),
+    "repeats": lambda x: x.repeat_interleave(x.long()),
+    "equal": lambda x: torch.equal(x, x),
+    "new constant": lambda x: x + torch.tensor([1.0]),
+}
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_what_would_wait_is_refused(name: str) -> None:
+    with pytest.raises(AssertionError), NeverWaits():
+        ASKS[name](torch.ones(3))
+    ASKS[name](torch.ones(3))  # and nothing is left behind
+
+
 @pytest.mark.parametrize("count", [3, 2000])
-def test_never_waits_for_the_device(
-    rule: Assigner, priors: Priors, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_never_waits_for_the_device(rule: Told, priors: Priors, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if rule.synchronises:
         pytest.skip("solved on the host, and says so")
     monkeypatch.setattr(around, "may_ask", lambda device: False)  # as on a device that is not its own host
     sizes = torch.tensor([[200.0, 264], [100, 65]])
     objects = batch(random_boxes(count, SIZE, 0), [], ignore=[random_boxes(2, SIZE, 1)] * 2, sizes=sizes)
     said = predictions(priors, 2)
-    rule(priors, objects, said)  # tables are made once
-    with NeverWaits():
-        rule(priors, objects, said)
+    plain = replace(said, quality_logits=None)
+    changing = rule.rule if isinstance(rule.rule, Changing) else None
+    each = [rule.rule] if changing else [rule.rule, rule.rule.model_copy(update={"keep_one": True})]
+    if changing:  # as it is in the first step, too
+        each.append(changing.at(0, Horizon(total=60, images=100, batch=10)))
+    for one in each:
+        one(priors, objects, said)  # tables are made once
+        with NeverWaits():
+            one(priors, objects, said)
+            one(priors, objects, plain)
 
 
 def pairs_in_order(found: Assignment) -> tuple[Tensor, Tensor]:

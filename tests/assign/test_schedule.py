@@ -106,6 +106,16 @@ def test_what_does_not_fit_the_run_is_said() -> None:
     assert "topk reaches its end only after 61 steps, the run ends after 60" in late.notes(HORIZON)[0]
 
 
+def test_a_glide_is_compared_with_the_run() -> None:
+    def glide(**when: object) -> Assigner:
+        return rule(type="anneal", rule={"type": "atss"}, parameters={"topk": {"start": 9, "end": 5, **when}})
+
+    with pytest.raises(ConfigError, match=r"parameters\.topk: begin is 5 epochs, .* before until, 50 steps"):
+        glide(begin={"epochs": 5}, until={"steps": 50}).notes(HORIZON)
+    assert glide(begin={"epochs": 5}, until={"steps": 51}).notes(HORIZON) == []
+    assert "topk begins only after 60 steps, the run ends after 60" in glide(begin={"epochs": 6}).notes(HORIZON)[0]
+
+
 def test_numbers_that_cross_on_their_way_are_found_before_the_run() -> None:
     crossing = rule(
         type="anneal",
@@ -128,6 +138,30 @@ def test_numbers_that_cross_on_their_way_are_found_before_the_run() -> None:
         ({"type": "switch", "keep_one": True}, "keep_one belongs to the rules inside: set it there"),
         ({"type": "switch", "first": {"type": "switch"}}, "does not match any of the expected tags"),
         ({"type": "switch", "after": {}}, "expected one of epochs, steps or images"),
+        ({"type": "switch", "after": {"epochs": 0}}, "greater than 0"),
+        ({"type": "switch", "first": {"type": "fcos"}, "then": {"type": "fcos"}}, "first and then are the same rule"),
+        ({"type": "anneal", "parameters": {}}, "parameters is empty, .*; task_aligned has crowd_coverage, topk, alpha"),
+        (
+            {
+                "type": "anneal",
+                "rule": {"type": "center_region"},
+                "parameters": {"num_classes": {"start": 3, "end": 5}},
+            },
+            "num_classes: center_region has no such number",
+        ),
+        (
+            {
+                "type": "anneal",
+                "parameters": {"beta": {"start": 1, "end": 2, "begin": {"steps": 9}, "until": {"steps": 9}}},
+            },
+            "begin is 9 steps, which must be before until, 9 steps",
+        ),
+        (
+            {"type": "paa", "first": {"type": "atss", "keep_one": True}},
+            r"first\.keep_one would do nothing.*of paa itself",
+        ),
+        ({"type": "paa", "first": {"type": "fcos", "crowd_coverage": 0.2}}, r"first\.crowd_coverage would do nothing"),
+        ({"type": "hungarian", "class_cost": 0, "l1_cost": 0, "giou_cost": 0}, "any matching would do"),
     ],
 )
 def test_mistakes(values: dict[str, object], message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from detector.assign import Assigner, Rule
+from detector.assign import Assigner, Rule, around
 from detector.coders import Bins, Deltas, Distances
 from detector.losses.classification import Bce
 from detector.losses.dense import DenseCriterionConfig
@@ -20,6 +20,7 @@ from detector.models.dense_head import DenseHeadConfig
 from detector.models.priors import Anchors, Points
 from detector.models.task_aligned_head import TaskAlignedHeadConfig
 from detector.structures import Objects
+from tests.assign.test_guarantees import NeverWaits
 
 RULES: list[Assigner] = [rule() for rule in get_args(get_args(Rule)[0])]
 STRIDES, SIZES, IMAGE = (8, 16, 32), ((8, 10), (4, 5), (2, 3)), (64, 80)
@@ -104,3 +105,17 @@ def test_losses_and_gradients_are_finite(rule: Assigner, name: str, criterion: s
         assert head.box.weight.grad is not None
         assert bool(head.box.weight.grad.any()) == found, kind
     assert 1 <= positives <= 2  # never in crowds alone
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.synchronises], ids=lambda r: r.type)
+def test_no_step_waits_for_the_device(rule: Assigner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the head's outputs to gradients, as on a device that is not its own host."""
+    monkeypatch.setattr(around, "may_ask", lambda device: False)
+    head = HEADS["points"].build(16, STRIDES, 3)
+    losses_of = CRITERIA["comparison"].build(rule, 3)
+    maps = [torch.randn(2, 16, *size, generator=torch.Generator().manual_seed(1)) for size in SIZES]
+    for objects in batches().values():
+        losses_of(head(maps), objects).total.backward()  # tables are made once
+        outputs = head(maps)
+        with NeverWaits():
+            losses_of(outputs, objects).total.backward()

@@ -21,7 +21,7 @@ from detector.losses.likelihood import negative_sum
 from detector.losses.regression import L1, Giou
 from detector.structures import IGNORED, Losses, Objects, Outputs, Priors
 from detector.train.optim import decays
-from tests.assign.test_guarantees import NeverWaits
+from tests.assign.test_guarantees import NeverWaits, pairs_in_order
 
 from .heads import golden_objects, golden_priors, some_objects, some_outputs
 from .test_golden_heads import check, scenarios
@@ -157,6 +157,27 @@ def test_parts_of_the_objects_do_not_show(config: Any, monkeypatch: pytest.Monke
     assert_close(parts.sums, whole.sums)
     assert_close(others, gradients)
     assert torch.equal(parts.assignments["dense"].per_prior(), whole.assignments["dense"].per_prior())
+
+
+@pytest.mark.parametrize("config", BOTH, ids=lambda c: c.type)
+def test_the_order_of_objects_and_images_does_not_matter(config: Any) -> None:
+    outputs, objects = outputs_for(config, cells=8), some_objects()
+    losses, gradients = in_parts(config, outputs, objects)
+    again, others = in_parts(config, outputs, objects)
+    assert_close(again.sums, losses.sums, rtol=0, atol=0)
+    assert_close(others, gradients, rtol=0, atol=0)
+    order = torch.tensor([2, 1, 0])
+    mixed = replace(objects, boxes=objects.boxes[order], labels=objects.labels[order], image=objects.image[order])
+    other, moved = in_parts(config, outputs, mixed)
+    assert_close(other.sums, losses.sums)
+    assert_close(moved, gradients)
+    mine, theirs = losses.assignments["dense"], other.assignments["dense"]
+    (at, values), (other_at, other_values) = (
+        pairs_in_order(replace(found, object=names[found.object]))
+        for found, names in ((mine, torch.arange(3)), (theirs, order))
+    )
+    assert torch.equal(other_at, at)
+    assert_close(other_values, values)
 
 
 def test_free_anchor_bags_are_the_best_overlaps_then_the_nearest() -> None:
@@ -302,12 +323,22 @@ def test_any_number_of_objects_and_half_precision(config: Any, count: int) -> No
 
 
 @pytest.mark.parametrize("config", BOTH, ids=lambda c: c.type)
-def test_never_waits_for_the_device(config: Any) -> None:
-    outputs, objects = outputs_for(config), some_objects()
+@pytest.mark.parametrize("at_once", [1, 1 << 18], ids=["an object at a time", "all at once"])
+def test_never_waits_for_the_device(config: Any, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither forwards nor backwards, where objects are handled in parts that are computed again."""
+    monkeypatch.setattr("detector.assign.base.PAIRS_AT_ONCE", at_once)
+    outputs, given = outputs_for(config, cells=8), some_objects()
+    crowd = [torch.tensor([[16.0, 0, 32, 16]]), torch.zeros(0, 4)]
+    objects = replace(
+        given,
+        ignore=torch.cat(crowd),
+        ignore_image=torch.zeros(1).long(),
+        sizes=torch.tensor([[20.0, 32], [32, 32]]),
+    )
     criterion = config.build(None, 3)
-    criterion(outputs, objects)  # tables are made once
+    criterion(outputs, objects).total.backward()  # tables are made once
     with NeverWaits():
-        criterion(outputs, objects)
+        criterion(outputs, objects).total.backward()
 
 
 def test_what_the_terms_are_divided_by_adds_up_over_micro_batches() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from detector.coders import Deltas, Distances
+from detector.coders import Bins, Deltas, Distances
 from detector.models.dense_head import MOST_CACHED, DenseHead, DenseHeadConfig
 from detector.models.priors import Anchors, Points
+from detector.models.task_aligned_head import TaskAlignedHeadConfig
 
 NINE, ONE, POINTS = Anchors(), Anchors(scale=8, octave_scales=1, ratios=(1,)), Points()
 STRIDES, SIZES = (8, 16, 32), ((6, 7), (3, 4), (2, 2))
@@ -81,6 +82,17 @@ def test_class_scores_start_at_the_prior_probability(probability: float, conv: s
     loss = (0.75 * scores**2 * -(1 - scores).log()).mean().item()
     assert loss == pytest.approx(0.75 * p**2 * -math.log(1 - p), rel=0.3)
     assert outputs.box_raw.abs().max() < 1
+
+
+@pytest.mark.parametrize("kind", [DenseHeadConfig, TaskAlignedHeadConfig], ids=["dense", "task-aligned"])
+@pytest.mark.parametrize("coder", [Deltas(), Distances(), Distances(activation="relu"), Bins()], ids=lambda c: c.type)
+@pytest.mark.parametrize("priors", [NINE, POINTS], ids=["nine", "points"])
+def test_boxes_start_where_they_should(kind, coder, priors) -> None:  # type: ignore[no-untyped-def]
+    built = kind(channels=16, convs=2, coder=coder, priors=priors, start=3).build(16, STRIDES, 3)
+    outputs = built([x * 0 for x in _maps()])
+    distance, center = outputs.priors.stride[:, None] * 3, outputs.priors.centers
+    expected = torch.cat([center - distance, center + distance], 1).expand(2, -1, -1)
+    torch.testing.assert_close(outputs.boxes, expected, atol=0.05, rtol=1e-3)
 
 
 def test_weights_are_normal_with_the_published_deviation() -> None:

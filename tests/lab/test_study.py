@@ -19,7 +19,8 @@ from detector.data.loader import train_loader
 from detector.errors import ConfigError, UserError
 from detector.lab.grid import cells, differences, settings_text
 from detector.lab.lock import locked
-from detector.lab.run import Runner, ThisMachine, standing, task_of
+from detector.lab.run import Runner, ThisMachine
+from detector.lab.standing import standing, task_of
 from detector.lab.study import flat, keys_of, load_study
 from detector.train.checkpoint import load_checkpoint
 from detector.train.device import find_device

@@ -114,8 +114,7 @@ def pieces(table: Table, width: int) -> list[Table]:
             part = list(names)
         part.append(i)
     return [
-        _of_columns(table, part, table.title if not number else f"{table.title} (continued)")
-        for number, part in enumerate([*parts, part])
+        _of_columns(table, part, "(continued)" if number else table.title) for number, part in enumerate([*parts, part])
     ]
 
 

@@ -15,7 +15,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         UserError: the file cannot be written; an old one is as it was.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)

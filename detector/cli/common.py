@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from io import TextIOWrapper
 
 from detector.errors import UserError
 
@@ -16,6 +17,9 @@ SUCCESS, OTHER, MISTAKE = 0, 1, 2
 
 def run_command(function: Callable[[], int | None]) -> int:
     """Calls `function` and returns the exit code of the command; None counts as success."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # where the locale knows no ± there is ?, not the end of the command
+            stream.reconfigure(errors="replace")
     try:
         return function() or SUCCESS
     except UserError as error:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from detector.cli.common import OTHER, SUCCESS, run_command
+
+if TYPE_CHECKING:
+    from detector.lab.grid import Difference
+    from detector.lab.standing import Standing
+    from detector.lab.study import StudyConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,8 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="compare",
         description="Run every cell (arm x seed x data set) of a study, then compare the arms: tables, verdicts and a"
         " report. What is finished is not run again; what was interrupted goes on.",
-        epilog="OUT/report.html is the report; tables.md, tables.tex, cells.csv and summary.json lie beside it. Exit"
-        " code: 0 all cells finished, 1 some are not, 2 a mistake in what was asked for.",
+        epilog="OUT/report.html is the report; beside it lie the tables: tables.md, tables.tex, scores.csv,"
+        " verdicts.csv, cells.csv (a line a cell) and summary.json. Exit code: 0 all cells finished, 1 some are not,"
+        " 2 a mistake in what was asked for.",
     )
     parser.add_argument("study", type=Path, help="a study file, such as configs/studies/quick.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the study, such as seeds=[0,1,2,3,4]")
@@ -49,56 +56,74 @@ def _run(options: argparse.Namespace) -> int:
     from contextlib import ExitStack
     from functools import partial
 
-    from rich.console import Console
-
-    from detector.files import write_whole
     from detector.lab.cluster import connected
     from detector.lab.grid import cells, differences
-    from detector.lab.keep import keep, take
-    from detector.lab.lock import locked
-    from detector.lab.report import report, small_pictures
-    from detector.lab.run import Place, Runner, ThisMachine, standing, task_of
+    from detector.lab.keep import take
+    from detector.lab.lock import Busy, locked
+    from detector.lab.ready import check_machine
+    from detector.lab.run import Place, Runner, ThisMachine
+    from detector.lab.standing import standing, task_of
     from detector.lab.study import load_study
-    from detector.lab.summary import summarise
-    from detector.lab.tables import files, rich, scores_table, verdict_table
-    from detector.train.device import count_gpus
+    from detector.train.device import gpu_names
 
     study = load_study(options.study, options.overrides)
     out = options.out or Path("runs") / "studies" / study.name
-    grid = cells(study, out.resolve())
+    grid, task, say = cells(study, out.resolve()), task_of(study), partial(print, flush=True)
     changed = differences(study, grid)
     for difference in changed:
         if not difference.announced:
-            print(f"note: arms differ in more than they say: {difference}", flush=True)
-    if options.keep is not None:
-        print(f"{options.keep}: {take(grid, options.keep)} cells taken over", flush=True)
+            say(f"note: arms differ in more than they say: {difference}")
     stopped = None
-    if not options.report_only:
-        say = partial(print, flush=True)
-        with locked(out), ExitStack() as stack:
+    with ExitStack() as stack:
+        # To the end, as the tables are written, too.  A look at what is finished needs no lock but to put cells there.
+        if not options.report_only:
+            stack.enter_context(locked(out))
+        if options.keep is not None:
+            try:
+                with ExitStack() if not options.report_only else locked(out):
+                    say(f"{options.keep}: {take(grid, options.keep, task)} cells taken over")
+            except Busy as busy:
+                say(f"note: {options.keep}: no cells taken over: {busy}")
+        if not options.report_only:
             if options.ray is None:
-                place: Place = ThisMachine(study, options.jobs or study.jobs, count_gpus())
+                left_alone = ("finished",) if options.retry else ("finished", "diverged")
+                check_machine([c for c in grid if standing(c, task).state not in left_alone], study.split)
+                place: Place = ThisMachine(study, options.jobs or study.jobs, gpu_names())
             else:
                 place = stack.enter_context(connected(study, grid, out.resolve(), options.ray, say, options.jobs))
             stopped = Runner(study, place, say)(grid, options.retry)
-    summary = summarise(study, [standing(cell, task_of(study)) for cell in grid], changed)
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)
+        unfinished = _show([standing(cell, task) for cell in grid], study, changed, out, options.keep)
+    return SUCCESS if not unfinished and stopped is None else OTHER
+
+
+def _show(
+    standings: list[Standing], study: StudyConfig, changed: list[Difference], out: Path, folder: Path | None
+) -> int:
+    """Tables and notes on the terminal, and all of them as files; how many cells are not finished.
+
+    `folder`: that of kept cells, which is given what is new.
+    """
+    from detector.files import write_whole
+    from detector.lab.keep import keep
+    from detector.lab.report import report, small_pictures
+    from detector.lab.summary import summarise
+    from detector.lab.tables import files, scores_table, show, verdict_table
+
+    summary = summarise(study, standings, changed)
     for table in (scores_table(summary), verdict_table(summary)):
-        if table.rows:
-            console.print(rich(table))
+        show(table)
     for note in summary.notes():
         print(f"note: {note}")
     tables = files(summary)
     for name, text in tables.items():
         write_whole(out / name, text.encode())
-    if options.keep is not None:
-        new = keep([s.cell for s in summary.finished], options.keep)
+    if folder is not None:
+        new = keep([s.cell for s in summary.finished], folder)
         kept = {name: tables[name] for name in ("tables.md", "cells.csv")}
         for name, text in {**kept, **small_pictures(summary)}.items():
             # Errors name files of the study's folder, which is of no use on another machine.
-            write_whole(options.keep / name, text.replace(f"{out.resolve()}/", "").encode())
-        print(f"{options.keep}: {new} more cells, and the tables, kept")
+            write_whole(folder / name, text.replace(f"{out.resolve()}/", "").encode())
+        print(f"{folder}: {new} more cells, and the tables, kept")
     write_whole(out / "report.html", report(summary).encode())
-    print(f"{out / 'report.html'}: the report; tables.md, tables.tex, cells.csv and summary.json beside it")
-    return SUCCESS if not summary.unfinished and stopped is None else OTHER
+    print(f"{out / 'report.html'}: the report; {', '.join(tables)} beside it")
+    return len(summary.unfinished)

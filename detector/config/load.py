@@ -20,6 +20,11 @@ from detector.config.run import RunConfig
 from detector.errors import CheckpointError, ConfigError
 
 M = TypeVar("M", bound=BaseModel)
+MESSAGES = {  # where a validator's own words speak of Python
+    "tuple_type": "expected a list, such as [a, b]",
+    "dict_type": "expected {key: value}",
+    "too_short": "expected at least one",
+}
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -76,6 +81,8 @@ def find_recipe(path: Path) -> Path:
     """`path` itself, or the recipe of that name that ships with the package."""
     if path.is_file():
         return path
+    if not path.name:
+        raise ConfigError(f"{path}: no such file; expected a recipe such as quickstart.yaml")
     name = path if path.suffix else path.with_suffix(".yaml")
     relative = Path(*name.parts[1:]) if name.parts[0] == "configs" else name
     for folder in recipe_folders():
@@ -142,8 +149,12 @@ def _explain(item: Any, schema: type[BaseModel], document: files.Document) -> st
         return start + "is missing"
     if kind == "value_error":
         return start + str(item["ctx"]["error"])
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{start}{message.removeprefix('input ')}, found {_short(item['input'])}"
+    end = ""
+    if kind == "literal_error" and isinstance(item["input"], str):
+        near = difflib.get_close_matches(item["input"], [str(v) for v in get_args(_bare(node))], 1, 0.5)
+        end = f" (did you mean {near[0]!r}?)" if near else ""
+    message = MESSAGES.get(kind) or item["msg"][0].lower() + item["msg"][1:]
+    return f"{start}{message.removeprefix('input ')}, found {_short(item['input'])}{end}"
 
 
 def _walk(node: Any, location: tuple[Any, ...]) -> tuple[list[str], Any]:

@@ -22,7 +22,8 @@ from detector.files import write_whole
 from detector.lab import node
 from detector.lab.grid import Cell
 from detector.lab.process import Ended
-from detector.lab.run import prepare, task_of
+from detector.lab.run import prepare
+from detector.lab.standing import task_of
 from detector.lab.study import StudyConfig
 
 INSTALL = "--ray needs Ray, which is not installed here: pip install ray"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -93,7 +94,7 @@ def cells(study: StudyConfig, out: Path) -> list[Cell]:
         ConfigError: names the arm or data set at fault; one line for each mistake.
     """
     found = []
-    wrong: dict[str, list[str]] = {}
+    wrong: dict[str, list[tuple[str, str]]] = {}
     for seed in study.seeds:
         for dataset in study.datasets:
             for arm in study.arms:
@@ -102,17 +103,27 @@ def cells(study: StudyConfig, out: Path) -> list[Cell]:
                     found.append(Cell(arm, dataset, seed, resolve(study, arm, dataset, seed, folder / "run"), folder))
                 except ConfigError as error:
                     for line in str(error).splitlines():
-                        wrong.setdefault(_bare(line), []).append(f"arms.{arm} on datasets.{dataset}")
+                        wrong.setdefault(_bare(line), []).append((arm, dataset))
     if wrong:
-        whole = len(study.seeds) * len(study.datasets) * len(study.arms)
-        raise ConfigError(
-            "\n".join(
-                f"{where}: {line}"
-                for line, places in wrong.items()
-                for where in (["every arm on every data set"] if len(places) == whole > 1 else dict.fromkeys(places))
-            )
-        )
+        raise ConfigError(blamed(wrong, [(arm, dataset) for dataset in study.datasets for arm in study.arms]))
     return found
+
+
+def blamed(wrong: dict[str, list[tuple[str, str]]], looked_at: Sequence[tuple[str, str]]) -> str:
+    """A line for each thing that is wrong and each (arm, data set) where it is, in as few lines as will do."""
+    lines = []
+    for line, places in wrong.items():
+        if len(set(looked_at)) > 1 and set(places) == set(looked_at):
+            lines.append(f"every arm on every data set: {line}")
+            continue
+        for dataset in dict.fromkeys(d for _, d in places):
+            arms = dict.fromkeys(a for a, d in places if d == dataset)
+            every = {a for a, d in looked_at if d == dataset}
+            whole = len(arms) == len(every) > 1
+            lines += (
+                [f"datasets.{dataset}: {line}"] if whole else [f"arms.{a} on datasets.{dataset}: {line}" for a in arms]
+            )
+    return "\n".join(lines)
 
 
 def resolve(study: StudyConfig, arm: str, dataset: str, seed: int, run: Path) -> RunConfig:

@@ -7,17 +7,21 @@ of assignments for it.
 from __future__ import annotations
 
 import io
+import json
 import lzma
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from detector.errors import DataError
+from detector.errors import DataError, UserError
 from detector.files import write_whole
 from detector.lab.cell import ANNOTATIONS, MATCHES, TREATMENT
 from detector.lab.grid import Cell
+from detector.lab.standing import check_same
 
 PLAIN = ("identity.json", "task.json", ANNOTATIONS)
 ARRAYS = (MATCHES, TREATMENT)
@@ -56,24 +60,37 @@ def keep(cells: Iterable[Cell], folder: Path) -> int:
     return new
 
 
-def take(cells: Iterable[Cell], folder: Path) -> int:
+def take(cells: Iterable[Cell], folder: Path, task: dict[str, Any]) -> int:
     """Puts kept cells where the study looks for them; how many.  What has begun there is left alone.
+
+    `task`: what is asked of each cell beyond its configuration.  All are looked at before any is put there.
 
     Raises:
         DataError: a kept file is damaged: names it.
+        UserError: a kept cell is of another configuration, or the folder cannot be written.
     """
-    taken = 0
-    for cell in cells:
-        path = file_of(folder, cell)
-        if not path.is_file() or cell.result.is_file() or cell.run.is_dir():
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--keep {folder}: cannot make this folder ({error.strerror or error})") from None
+    found = [(cell, file_of(folder, cell)) for cell in cells]
+    missing = []
+    for cell, path in found:
+        if not path.is_file():
             continue
+        here = cell.result.is_file()
         try:
-            with zipfile.ZipFile(path) as archive:
-                files = {name: archive.read(name) for name in (*PLAIN, *_arrays(archive), LAST)}
-        except DAMAGED as error:
-            raise DataError(
-                f"{path}: cannot read the kept cell ({error}); restore the file, or delete it to run the cell again"
-            ) from None
+            before = _identity(path)
+        except DataError:
+            if here:  # it is kept anew
+                continue
+            raise
+        # Also of what is here already, which would otherwise be kept in the place of the other one.
+        check_same(cell, task, before, f"{path}", "choose another folder with --keep DIR, or delete this file")
+        if not here and not cell.run.is_dir():
+            missing.append((cell, path))
+    for cell, path in missing:
+        files = _read(path)
         for name in PLAIN:
             write_whole(cell.folder / name, files[name])
         for name in ARRAYS:
@@ -86,8 +103,29 @@ def take(cells: Iterable[Cell], folder: Path) -> int:
             np.savez_compressed(packed, **arrays)
             write_whole(cell.folder / name, packed.getvalue())
         write_whole(cell.folder / LAST, files[LAST])
-        taken += 1
-    return taken
+    return len(missing)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """What tells which configuration a kept cell was run with.  Raises DataError where the file is damaged."""
+    with suppress(ValueError):
+        found = json.loads(_read(path, ("identity.json",))["identity.json"])
+        if isinstance(found, dict):
+            return found
+    raise DataError(
+        f"{path}: its identity.json holds no keys and values; restore the file, or delete it to run the cell again"
+    )
+
+
+def _read(path: Path, names: Sequence[str] = ()) -> dict[str, bytes]:
+    """{name: content} of `names`, or of all that a cell has.  Raises DataError where the file is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name: archive.read(name) for name in names or (*PLAIN, *_arrays(archive), LAST)}
+    except DAMAGED as error:
+        raise DataError(
+            f"{path}: cannot read the kept cell ({error}); restore the file, or delete it to run the cell again"
+        ) from None
 
 
 def _holds(path: Path, cell: Cell) -> bool:

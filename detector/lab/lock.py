@@ -6,10 +6,14 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from detector.errors import UserError
+
+
+class Busy(UserError):
+    """Another process works on the study."""
 
 
 @contextmanager
@@ -17,12 +21,13 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the folder's lock, which ends with the process however that ends.
 
     Raises:
-        UserError: another process holds it (says which), or the folder cannot be written.
+        Busy: another process holds it; says which.
+        UserError: the folder cannot be written.
     """
     path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("a+b", buffering=0)
     except OSError as error:
         raise UserError(f"{path}: cannot write the study's folder ({error.strerror or error})") from None
     with file:
@@ -30,13 +35,14 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(
+            holder = file.read().decode(errors="replace").strip() or "another process"
+            raise Busy(
                 f"{folder}: {holder} is working on this study; wait for it, look at what is finished with"
                 " --report-only, or choose another folder with --out DIR"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with suppress(OSError):  # a full disk: the lock holds, if without a name
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
-        file.truncate(0)
+        with suppress(OSError):
+            file.truncate(0)

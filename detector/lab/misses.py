@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from detector.errors import DataError
 from detector.evaluate.matches import Matches
 from detector.evaluate.truth import Truth, lookup
 from detector.lab.bootstrap import ap_of_some
@@ -33,7 +34,14 @@ class Seen:
     def of(cls, cell: Cell, truth: Truth) -> Seen:
         """Raises DataError where a file of the cell is damaged."""
         matches, treatment = Matches.load(cell.folder / MATCHES), Treatment.load(cell.folder / TREATMENT)
-        annotation = np.array(json.loads((cell.folder / ANNOTATIONS).read_text(encoding="utf-8")), dtype=np.int64)
+        path = cell.folder / ANNOTATIONS
+        try:
+            annotation = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}: cannot read the objects' ids ({error}); delete the cell's result.json to have it worked out"
+                " again"
+            ) from None
         return cls(treatment, annotation, found_at(matches, truth, annotation), matches, truth)
 
     def recall_by_positives(self) -> dict[str, tuple[int, float, float]]:

@@ -9,63 +9,17 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from detector.errors import UserError
 from detector.files import write_whole
 from detector.lab.grid import Cell, settings_text
 from detector.lab.process import CellProcess, Ended
+from detector.lab.standing import identity_of, standing, task_of
 from detector.lab.study import StudyConfig
 from detector.train.signals import StopRequest
 
-State = Literal["finished", "diverged", "failed", "started", "open"]
 TRIES = 3  # of a cell whose place was lost each time
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How far a cell is."""
-
-    cell: Cell
-    state: State
-    reason: str = ""  # why it failed
-    result: dict[str, Any] | None = None
-
-
-def standing(cell: Cell, task: dict[str, Any]) -> Standing:
-    """What is on the disk about a cell.
-
-    Raises:
-        UserError: what is there belongs to another configuration, so it must not be counted.
-    """
-    _check_same(cell, task)
-    if cell.result.is_file():
-        return Standing(cell, "finished", result=json.loads(cell.result.read_text(encoding="utf-8")))
-    if cell.failure.is_file():
-        failure = json.loads(cell.failure.read_text(encoding="utf-8"))
-        return Standing(cell, "diverged" if failure["kind"] == "diverged" else "failed", failure["reason"])
-    return Standing(cell, "started" if cell.run.is_dir() else "open")
-
-
-def task_of(study: StudyConfig) -> dict[str, Any]:
-    """What is asked of each cell beyond its configuration."""
-    return {"split": study.split, "checkpoint": study.checkpoint}
-
-
-def _check_same(cell: Cell, task: dict[str, Any]) -> None:
-    known = cell.folder / "identity.json"
-    if not known.is_file():
-        return
-    before = json.loads(known.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps({**cell.identity(), **{f"study.{k}": v for k, v in task.items()}}))
-    chosen = cell.chosen()  # a setting that is newer than the cell, left as it comes, changes nothing
-    keys = [k for k in [*now, *before] if k in before or k in chosen]
-    key = next((k for k in keys if now.get(k) != before.get(k)), None)
-    if key is not None:
-        raise UserError(
-            f"{cell.folder}: was run with another configuration: {key} was {before.get(key)!r} and is now"
-            f" {now.get(key)!r}; change it back, choose another folder with --out DIR, or delete this one"
-        )
 
 
 def prepare(cell: Cell, task: dict[str, Any]) -> None:
@@ -78,8 +32,7 @@ def prepare(cell: Cell, task: dict[str, Any]) -> None:
         cell.failure.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{cell.folder}: cannot write the cell's folder ({error.strerror or error})") from None
-    identity = {**cell.identity(), **{f"study.{k}": v for k, v in task.items()}}
-    write_whole(cell.folder / "identity.json", json.dumps(identity, indent=1).encode())
+    write_whole(cell.folder / "identity.json", json.dumps(identity_of(cell, task), indent=1).encode())
     write_whole(cell.folder / "task.json", json.dumps(task).encode())
     write_whole(cell.settings, settings_text(cell).encode())
 
@@ -113,7 +66,7 @@ class ThisMachine:
 
     study: StudyConfig
     jobs: int
-    gpus: int = 0
+    gpus: tuple[str, ...] = ()  # as `CUDA_VISIBLE_DEVICES` calls them
 
     def room(self) -> int:
         return self.jobs
@@ -121,7 +74,7 @@ class ThisMachine:
     def start(self, cell: Cell, slot: int) -> Work:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.study.threads)}
         if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         prepare(cell, task_of(self.study))
         try:
             return CellProcess(cell.folder, environment)

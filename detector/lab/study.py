@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from detector.config import yaml as files
 from detector.config.load import checked
@@ -24,9 +24,13 @@ from detector.errors import ConfigError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]  # also of a folder
 Overrides = dict[str, Any]  # `assigner.type: fcos`, or `assigner: {type: fcos}`
-Metric = Literal[
-    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "AR_small", "AR_medium", "AR_large"
-]  # fmt: skip
+# As the tables head their columns.
+SHORT = {"AP_small": "APs", "AP_medium": "APm", "AP_large": "APl", "AR_100": "AR"}
+_LONG = {short: name for name, short in SHORT.items()}
+Metric = Annotated[
+    Literal["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "AR_small", "AR_medium", "AR_large"],
+    BeforeValidator(lambda name: _LONG.get(name, name) if isinstance(name, str) else name),
+]
 
 # What the study itself decides for every cell.
 OWN = ("name", "seed", "run", "train.threads", "train.pictures")
@@ -85,6 +89,10 @@ class StudyConfig(Node):
                 own = next((k for k in keys_of(changes) if any(f"{k}.".startswith(f"{o}.") for o in OWN)), None)
                 if own is not None:
                     raise ValueError(f"{kind}{name}: {own} is set by the study for every cell; leave it out")
+                if "recipe" in changes and kind != "arms.":
+                    raise ValueError(f"{kind}{name}: recipe: only the study itself and its arms name a recipe")
+                if not isinstance(changes.get("recipe", ""), str):
+                    raise ValueError(f"arms.{name}: recipe: expected a file's name, found {changes['recipe']!r}")
         return self
 
 

@@ -15,7 +15,7 @@ from detector.evaluate.matches import Matches
 from detector.lab.bootstrap import draw, resampled
 from detector.lab.cell import MATCHES
 from detector.lab.grid import Cell, Difference
-from detector.lab.run import Standing
+from detector.lab.standing import Standing
 from detector.lab.study import StudyConfig
 from detector.lab.verdict import Comparison, Estimate, judge
 
@@ -52,6 +52,7 @@ class ArmRow:
     memory_mb: Spread
     comparisons: dict[str, Comparison]  # of the study's metrics; empty for the baseline and without a common seed
     is_baseline: bool
+    paired: bool = False  # whether it has a seed in common with the baseline, from which it is another arm
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,13 @@ class Summary:
             arms = sorted({d.arm for d in unannounced})
             notes.append(f"{', '.join(arms)}: differ from {study.reference} in more than they say:")
             notes += [f"  {d}" for d in unannounced]
+        for metric in study.metrics:
+            without = [f"{r.arm} on {r.dataset}" for r in self.rows if r.paired and metric not in r.comparisons]
+            if without:
+                more = f" and {len(without) - NAMED} more" if len(without) > NAMED else ""
+                notes.append(
+                    f"{metric}: nothing of the kind to be found, not compared: {', '.join(without[:NAMED])}{more}"
+                )
         if len(study.seeds) < 2 and len(study.arms) > 1:
             notes.append("one seed tells nothing about chance: every arm is `not distinguishable`; give several")
         if study.checkpoint == "best":
@@ -118,6 +126,7 @@ def summarise(study: StudyConfig, standings: Sequence[Standing], differences: Se
                     memory_mb=Spread.of([r["memory_mb"] for r in results]),
                     comparisons=comparisons.get((dataset, arm), {}),
                     is_baseline=arm == study.reference,
+                    paired=arm != study.reference and any((dataset, study.reference, s) in done for s in seeds),
                 )
             )
     return Summary(study, tuple(rows), tuple(standings), tuple(differences))

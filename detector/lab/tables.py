@@ -6,16 +6,19 @@ import csv
 import io
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from detector.lab.study import SHORT
 from detector.lab.summary import SHOWN, Spread, Summary
 from detector.lab.verdict import Comparison
 
-SHORT = {"AP_small": "APs", "AP_medium": "APm", "AP_large": "APl", "AR_100": "AR"}
+NAMES = ("data", "arm", "metric")  # columns that say what a row is about
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def scores_table(summary: Summary) -> Table:
         cells = [f"{row.arm} (baseline)" if row.is_baseline else row.arm]
         cells.append(f"{len(row.seeds)}/{len(row.seeds) + len(row.missing)}")
         cells += [spread(row.scores[name], 100, 1) for name in SHOWN]
-        cells += [spread(row.step_ms, 1, 0, deviation=False), spread(row.memory_mb, 1, 0, deviation=False)]
+        cells += [spread(row.step_ms, 1, 0), spread(row.memory_mb, 1, 0)]
         rows.append((*((row.dataset,) if several else ()), *cells))
     return Table("Scores: mean ± standard deviation over seeds, in points of 100", head, tuple(rows))
 
@@ -76,19 +79,60 @@ def settle(c: Comparison) -> str:
     return "no number" if c.seeds_needed is None else str(c.seeds_needed)
 
 
-def spread(value: Spread, factor: float, digits: int, deviation: bool = True) -> str:
+def spread(value: Spread, factor: float, digits: int) -> str:
     if value.count == 0:
         return "–"
     text = f"{factor * value.mean:.{digits}f}"
-    if deviation and math.isfinite(value.deviation):
+    if math.isfinite(value.deviation):
         text += f" ± {factor * value.deviation:.{digits}f}"
     return text
+
+
+def show(table: Table) -> None:
+    """On the terminal, in pieces that fit; into a file or a pipe as wide as it is, a row a line."""
+    if not table.rows:
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(width_of(table), cell_len(table.title)))
+    for piece in pieces(table, console.width):
+        console.print(rich(piece))
+
+
+def pieces(table: Table, width: int) -> list[Table]:
+    """The table, or several with some of its columns each, none wider than `width` where a single column fits.
+
+    Each repeats what its rows are about.
+    """
+    names = [i for i, column in enumerate(table.columns) if column in NAMES]
+    parts, part = [], list(names)
+    for i in range(len(table.columns)):
+        if i in names:
+            continue
+        if part != names and width_of(_of_columns(table, [*part, i])) > width:
+            parts.append(part)
+            part = list(names)
+        part.append(i)
+    return [
+        _of_columns(table, part, "(continued)" if number else table.title) for number, part in enumerate([*parts, part])
+    ]
+
+
+def width_of(table: Table) -> int:
+    """Characters of a line of the table on a terminal, with its frame."""
+    each = (max(map(cell_len, column)) for column in zip(table.columns, *table.rows, strict=True))
+    return sum(each) + 3 * len(table.columns) + 1
+
+
+def _of_columns(table: Table, which: list[int], title: str = "") -> Table:
+    rows = tuple(tuple(row[i] for i in which) for row in table.rows)
+    return Table(title, tuple(table.columns[i] for i in which), rows)
 
 
 def rich(table: Table) -> RichTable:
     shown = RichTable(title=table.title, title_justify="left")
     for column in table.columns:
-        shown.add_column(column, justify="left" if column in ("data", "arm", "metric", "verdict") else "right")
+        shown.add_column(column, justify="left" if column in (*NAMES, "verdict") else "right")
     colours = {"better": "green", "worse": "red"}
     for row in table.rows:
         cells = [f"[{colours[cell]}]{cell}[/]" if cell in colours else escape(cell) for cell in row]
@@ -113,17 +157,45 @@ def latex(table: Table) -> str:
                       *body, r"\bottomrule", r"\end{tabular}"]) + "\n"  # fmt: skip
 
 
-def csv_text(summary: Summary) -> str:
+def cells_csv(summary: Summary) -> str:
     """A line for each finished cell, in full precision."""
-    out = io.StringIO()
     names = list(SHOWN)
+    rows = [
+        [s.cell.dataset, s.cell.arm, s.cell.seed, *(s.result["numbers"].get(name) for name in names),
+         s.result["seconds_per_step"], s.result["memory_mb"]]
+        for s in summary.finished if s.result is not None
+    ]  # fmt: skip
+    return _csv(["dataset", "arm", "seed", *names, "seconds_per_step", "memory_mb"], rows)
+
+
+def scores_csv(summary: Summary) -> str:
+    """A line for each arm and data set: mean and standard deviation over seeds, of 1, not of 100."""
+    names = [*SHOWN, "step_ms", "memory_mb"]
+    head = ["dataset", "arm", "baseline", "seeds", "missing", *(f"{n}{what}" for n in names for what in ("", "_std"))]
+    rows = []
+    for row in summary.rows:
+        values = [*(row.scores[name] for name in SHOWN), row.step_ms, row.memory_mb]
+        numbers = [number for value in values for number in (value.mean, value.deviation)]
+        rows.append([row.dataset, row.arm, int(row.is_baseline), len(row.seeds), len(row.missing), *numbers])
+    return _csv(head, rows)
+
+
+def verdicts_csv(summary: Summary) -> str:
+    """A line for each comparison, differences of 1, not of 100; empty where there is no such number."""
+    names = [field.name for field in fields(Comparison)]
+    rows = [
+        [row.dataset, row.arm, summary.study.reference, metric, *(getattr(c, name) for name in names)]
+        for row in summary.rows
+        for metric, c in row.comparisons.items()
+    ]
+    return _csv(["dataset", "arm", "baseline", "metric", *names], rows)
+
+
+def _csv(head: list[str], rows: list[list[Any]]) -> str:
+    out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["dataset", "arm", "seed", *names, "seconds_per_step", "memory_mb"])
-    for s in summary.finished:
-        if s.result is not None:
-            numbers = [s.result["numbers"].get(name) for name in names]
-            writer.writerow([s.cell.dataset, s.cell.arm, s.cell.seed, *numbers, s.result["seconds_per_step"],
-                             s.result["memory_mb"]])  # fmt: skip
+    writer.writerow(head)
+    writer.writerows([_plain(row) for row in rows])
     return out.getvalue()
 
 
@@ -161,7 +233,9 @@ def files(summary: Summary) -> dict[str, str]:
     return {
         "tables.md": "\n".join(markdown(t) for t in tables) + (f"{notes}\n" if notes else ""),
         "tables.tex": "\n".join(latex(t) for t in tables),
-        "cells.csv": csv_text(summary),
+        "scores.csv": scores_csv(summary),
+        "verdicts.csv": verdicts_csv(summary),
+        "cells.csv": cells_csv(summary),
         "summary.json": json.dumps(as_json(summary), indent=1, allow_nan=False) + "\n",
     }
 

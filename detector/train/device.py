@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import torch
@@ -33,6 +34,8 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def count_gpus() -> int:
-    """CUDA GPUs of this machine."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+def gpu_names() -> tuple[str, ...]:
+    """The CUDA GPUs of this process as `CUDA_VISIBLE_DEVICES` calls them, for processes that shall have one each."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return tuple(given[:count]) if len(given) >= count else tuple(map(str, range(count)))

@@ -13,6 +13,7 @@ import pytest
 
 from detector.evaluate.matches import Matches
 from detector.lab.grid import cells
+from detector.lab.lock import locked
 from detector.lab.study import load_study
 from detector.lab.treatment import Treatment
 from tests.lab.conftest import Place
@@ -71,7 +72,56 @@ def test_another_configuration_is_not_counted(kept: tuple[Place, Path], capsys: 
     shutil.rmtree(here.out)
     here.change("resamples", "common: {train.clip_norm: 3}\nresamples")
     assert here.compare("--keep", str(folder)) == 2
-    assert "was run with another configuration: train.clip_norm" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "was run with another configuration: train.clip_norm" in shown
+    assert str(folder / "cells" / "data" / "one" / "seed-0.zip") in shown
+    assert "--keep" in shown
+    assert not (here.out / "cells").exists()  # none was put there
+
+
+def test_kept_cells_give_way_to_none_of_another_configuration(
+    kept: tuple[Place, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finished cells here, and kept ones of another configuration: these may be all that is left of it."""
+    here, folder = kept
+    path = folder / "cells" / "data" / "one" / "seed-0.zip"
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    known = json.loads(files["identity.json"])
+    files["identity.json"] = json.dumps({**known, "train.clip_norm": 3}).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    before = path.read_bytes()
+    assert here.compare("--report-only", "--keep", str(folder)) == 2
+    assert f"{path}: was run with another configuration: train.clip_norm was 3" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_nothing_is_put_where_another_process_works(
+    kept: tuple[Place, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, folder = kept
+    shutil.rmtree(here.out)
+    with locked(here.out):
+        assert here.compare("--keep", str(folder)) == 2
+        assert "is working on this study" in capsys.readouterr().err
+        assert not (here.out / "cells").exists()
+        assert here.compare("--report-only", "--keep", str(folder)) == 1
+        shown = capsys.readouterr().out
+        assert "no cells taken over: " in shown
+        assert "is working on this study" in shown
+        assert not (here.out / "cells").exists()
+    assert here.compare("--report-only", "--keep", str(folder)) == 0
+    assert "4 cells taken over" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_runs(
+    fresh: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fresh.compare("--keep", str(fresh.study)) == 2
+    assert f"error: --keep {fresh.study}: cannot make this folder" in capsys.readouterr().err
+    assert not (fresh.out / "cells").exists()
 
 
 def test_a_setting_newer_than_the_cell(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +162,10 @@ def test_a_damaged_file_is_named(kept: tuple[Place, Path], capsys: pytest.Captur
     assert here.compare("--keep", str(folder)) == 2
     assert str(broken) in capsys.readouterr().err
     broken.write_bytes(whole[:500])
+    assert here.compare("--keep", str(folder)) == 2
+    assert str(broken) in capsys.readouterr().err
+    with zipfile.ZipFile(broken, "w") as archive:
+        archive.writestr("identity.json", "[")
     assert here.compare("--keep", str(folder)) == 2
     assert str(broken) in capsys.readouterr().err
     with zipfile.ZipFile(broken, "w") as archive:

@@ -19,7 +19,8 @@ from detector.data.loader import train_loader
 from detector.errors import ConfigError, UserError
 from detector.lab.grid import cells, differences, settings_text
 from detector.lab.lock import locked
-from detector.lab.run import Runner, ThisMachine, standing, task_of
+from detector.lab.run import Runner, ThisMachine
+from detector.lab.standing import standing, task_of
 from detector.lab.study import flat, keys_of, load_study
 from detector.train.checkpoint import load_checkpoint
 from detector.train.device import find_device
@@ -43,7 +44,8 @@ def test_a_study_leaves_what_it_promises(done: Place) -> None:
             assert result["memory_mb"] > 0
             assert [step for step, _ in result["flips"]] == [3, 6, 9, 12, 15]
     assert {p.name for p in done.out.iterdir()} == {
-        "cells", "lock", "cells.csv", "report.html", "summary.json", "tables.md", "tables.tex"
+        "cells", "lock", "cells.csv", "report.html", "scores.csv", "summary.json", "tables.md", "tables.tex",
+        "verdicts.csv",
     }  # fmt: skip
 
 
@@ -255,7 +257,18 @@ def test_a_stopped_study_stops_its_cells(fresh: Place) -> None:
         ),
         ("seeds: [0, 1]", "seeds: [0, 0]", "seeds names 0 twice"),
         ("seeds: [0, 1]", "seeds: [0, 1]\nbaseline: three", "baseline 'three' is none of the arms: one, two"),
-        ("metrics: [AP, AP50]", "metrics: [AP, mAP]", "metrics.1: "),
+        ("metrics: [AP, AP50]", "metrics: [AP, mAP]", "'AR_large', found 'mAP' (did you mean 'AP'?)"),
+        ("metrics: [AP, AP50]", "metrics: [AP, APs, AP_small]", "metrics names AP_small twice"),
+        ("seeds: [0, 1]", "seeds: 3", "seeds: expected a list, such as [a, b], found 3"),
+        ("seeds: [0, 1]", "seeds: []", "seeds: expected at least one, found []"),
+        ("{assigner.type: atss}", "", "arms.one: expected {key: value}, found None"),
+        ("{assigner.type: atss}", "{asigner.topk: 3}", "asigner: unknown key (did you mean 'assigner'?)"),
+        ("{assigner.type: atss}", "{recipe: 3}", "arms.one: recipe: expected a file's name, found 3"),
+        ("seeds:", "common: {recipe: tiny.yaml}\nseeds:", "common: recipe: only the study itself and its arms"),
+        ("seeds:", "datasets: {a: {recipe: tiny.yaml}}\nseeds:", "datasets.a: recipe: only the study itself"),
+        ("tiny.yaml", "''", "no such file; expected a recipe such as quickstart.yaml"),
+        ("jobs: 2", "jobs: 0", "jobs: should be greater than or equal to 1, found 0"),
+        ("arms:", "arms: [", "not valid YAML"),
         ("resamples", "resample", "resample: unknown key (did you mean 'resamples'?)"),
         ("tiny.yaml", "none.yaml", "none.yaml: no such file"),
         ("{assigner.type: atss}", "{seed: 3}", "arms.one: seed is set by the study"),
@@ -275,6 +288,20 @@ def test_mistakes_are_said_before_anything_runs(
     assert fresh.compare() == 2
     assert message in capsys.readouterr().err
     assert not fresh.out.exists()
+
+
+def test_metrics_as_the_tables_call_them(fresh: Place) -> None:
+    assert load_study(fresh.study, ["metrics=[APs,APm,APl,AR,AP]"]).metrics == (
+        "AP_small", "AP_medium", "AP_large", "AR_100", "AP"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("jobs", "message"), [("0", "--jobs: expected at least 1"), ("two", "invalid int value")])
+def test_jobs_that_are_no_number(fresh: Place, capsys: pytest.CaptureFixture[str], jobs: str, message: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        fresh.compare("--jobs", jobs)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_no_such_study(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from detector.data.batch import collate
 from detector.data.coco import CocoData
 from detector.errors import CheckpointError, DataError
 from detector.evaluate.runner import inference
+from detector.evaluate.treatment import overlap
 from detector.evaluate.truth import Truth
 from detector.lab.grid import Cell
 from detector.lab.misses import Miss, Seen, worst
 from detector.lab.pictures import crop, jpeg, rule_row
 from detector.lab.record import assignment_of, dense_part, restore
 from detector.lab.study import StudyConfig
-from detector.lab.treatment import overlap
 from detector.train.folder import RunFiles
 
 

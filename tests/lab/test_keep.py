@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from detector.evaluate.matches import Matches
+from detector.evaluate.treatment import Treatment
 from detector.lab.grid import cells
 from detector.lab.study import load_study
-from detector.lab.treatment import Treatment
 from tests.lab.conftest import Place
 
 Copy = Callable[[], Place]

@@ -224,10 +224,10 @@ def _statistics(summary: Summary) -> Table:
 
 
 def _statistics_plots(summary: Summary, dataset: str) -> list[Plot]:
-    where = f" on {dataset}" if len(summary.study.datasets) > 1 else ""
+    where = f", on {dataset}" if len(summary.study.datasets) > 1 else ""
     found = []
     for kind, names, what in (
-        ("size", list(SIZES), "side of a square of equal area, pixels"),
+        ("size", list(SIZES), "side of a square of equal area in pixels"),
         ("aspect", None, "longer side over shorter side"),
         ("class", None, "class"),
         ("level", None, "pyramid level, fine to coarse"),

@@ -60,6 +60,8 @@ def _names(options: argparse.Namespace, config: RunConfig) -> list[str]:
             " rule to look at: name a recipe with a rule"
         )
     names = [name.strip() for name in (options.rules or own.type).split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--rules {options.rules!r}: names no rule; give names such as --rules {own.type},fcos")
     return list(dict.fromkeys(names))
 
 
@@ -70,9 +72,9 @@ def _stats(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from detector.config.load import load_config
+    from detector.evaluate.treatment import agreement
     from detector.files import write_whole
     from detector.lab.offline import RuleStatistics, assign, network, rules_of, scenes
-    from detector.lab.treatment import agreement
 
     config = load_config(options.recipe, options.overrides)
     rules = rules_of(options.recipe, options.overrides, _names(options, config))

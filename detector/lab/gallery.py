@@ -13,13 +13,13 @@ from detector.data.batch import collate
 from detector.data.coco import CocoData
 from detector.errors import CheckpointError, DataError
 from detector.evaluate.runner import inference
+from detector.evaluate.treatment import overlap
 from detector.evaluate.truth import Truth
 from detector.lab.grid import Cell
 from detector.lab.misses import Miss, Seen, worst
 from detector.lab.pictures import crop, jpeg, rule_row
 from detector.lab.record import assignment_of, dense_part, restore
 from detector.lab.study import StudyConfig
-from detector.lab.treatment import overlap
 from detector.train.folder import RunFiles
 
 
@@ -42,13 +42,18 @@ def scenes(study: StudyConfig, cells: Sequence[Cell], dataset: str) -> tuple[lis
     pictures: dict[int, dict[str, str]] = {}
     titles: dict[int, str] = {}
     notes: list[str] = []
+    bare: list[str] = []
     for arm in study.arms:
         cell = next((c for c in cells if c.arm == arm and c.dataset == dataset), None)
         if cell is None:
             continue
+        weights = cell.run / f"{study.checkpoint}.pt"
+        if not weights.is_file():  # as of every kept cell: said once
+            bare.append(arm)
+            continue
         try:
             data = cell.config.data.open(study.split)
-            module = restore(cell.config, cell.run / f"{study.checkpoint}.pt", data.index.classes)
+            module = restore(cell.config, weights, data.index.classes)
             for i in _choose(data, study.pictures):
                 sample = cell.config.data.resize(data[i])
                 batch = collate([sample], pad_multiple=cell.config.data.pad_multiple)
@@ -62,6 +67,11 @@ def scenes(study: StudyConfig, cells: Sequence[Cell], dataset: str) -> tuple[lis
                 titles[i] = f"{data.index.title(i)}image {int(data.index.image_ids[i])} of {dataset}"
         except (CheckpointError, DataError) as error:
             notes.append(f"{cell.name}: no pictures: {error}")
+    if bare:
+        notes.append(
+            f"{dataset}: no pictures of assignments by {', '.join(bare)}: the cells' {study.checkpoint}.pt is not here"
+            " (kept cells come without weights)"
+        )
     return [Scene(titles[i], rows) for i, rows in pictures.items()], notes
 
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from detector.errors import DataError
 from detector.evaluate.matches import Matches
+from detector.evaluate.survey import POSITIVES, groups
+from detector.evaluate.treatment import Treatment
 from detector.evaluate.truth import Truth, lookup
 from detector.lab.bootstrap import ap_of_some
 from detector.lab.cell import ANNOTATIONS, MATCHES, TREATMENT
 from detector.lab.grid import Cell
 from detector.lab.record import found_at
-from detector.lab.survey import POSITIVES, groups
-from detector.lab.treatment import Treatment
 
 QUALITIES = ("lowest quarter", "second", "third", "highest quarter")
 

@@ -16,8 +16,8 @@ from detector.config.run import RunConfig
 from detector.data.batch import collate
 from detector.data.coco import CocoData, CocoIndex
 from detector.errors import DataError, UserError
-from detector.lab.survey import survey
-from detector.lab.treatment import Treatment, agreement, concatenate, treat
+from detector.evaluate.survey import survey
+from detector.evaluate.treatment import Treatment, agreement, concatenate, treat
 from detector.models import Network
 from detector.models.dense import DenseDetector
 from detector.predict import restore

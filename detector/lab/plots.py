@@ -38,6 +38,11 @@ def differences(rows: Sequence[tuple[str, Comparison]], metric: str, reference: 
             axes.plot([100 * c.low, 100 * c.high], [i, i], color=shade, linewidth=2)
         axes.plot([100 * c.difference], [i], "o", color=shade)
     axes.axvline(0, color="0.3", linewidth=1)
+    # As wide as the intervals ask for: what could not have been seen may be many times that, and runs off the edge.
+    reach = max((abs(v) for _, c in rows for v in (c.low, c.high, c.difference) if math.isfinite(v)), default=0)
+    unseen = max((c.smallest for _, c in rows if math.isfinite(c.smallest)), default=0)
+    limit = 105 * max(reach, min(unseen, 2 * reach), 1e-3)
+    axes.set_xlim(-limit, limit)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlabel(f"{metric} minus that of {reference}, points of 100\ngrey: smaller than the study can see")
@@ -79,6 +84,7 @@ def bars(
         errors = np.nan_to_num(np.array([factor * v.deviation for v in found]))
         axes.bar(x, heights, each * 0.92, color=color(i), label=arm)
         axes.errorbar(x, heights, np.where(errors > 0, errors, np.nan), fmt="none", ecolor="0.2", elinewidth=1)
+    axes.set_ylim(bottom=0)  # no value is below, though a deviation may reach there
     names = list(groups)
     axes.set_xticks(
         range(len(names)), names, rotation=35 if len(names) > 6 else 0, ha="right" if len(names) > 6 else "center"

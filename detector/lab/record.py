@@ -17,9 +17,10 @@ from detector.decode import decode
 from detector.evaluate.coco import CocoEvaluator, CocoResult
 from detector.evaluate.matches import Matches, match
 from detector.evaluate.runner import inference, to_original
+from detector.evaluate.survey import survey
+from detector.evaluate.treatment import Treatment, concatenate, treat, treat_proposals
 from detector.evaluate.truth import Truth, lookup
-from detector.lab.survey import flips, metrics, survey
-from detector.lab.treatment import Treatment, concatenate, treat, treat_proposals
+from detector.lab.logged import flips, metrics
 from detector.models.layers import autocast
 from detector.models.stages import TwoStageOutputs
 from detector.structures import Assignment, Outputs

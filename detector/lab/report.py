@@ -10,11 +10,12 @@ from typing import Any
 
 from jinja2 import Environment
 
+from detector.evaluate.survey import POSITIVES, SIZES
 from detector.lab import gallery, plots
 from detector.lab.grid import Cell
+from detector.lab.logged import curve, metrics
 from detector.lab.misses import QUALITIES, Seen
 from detector.lab.summary import Spread, Summary
-from detector.lab.survey import POSITIVES, SIZES, curve, metrics
 from detector.lab.tables import Table, scores_table, verdict_table
 from detector.train.folder import RunFiles
 
@@ -184,7 +185,8 @@ def _curves(summary: Summary, cells: Sequence[Cell], dataset: str) -> list[Plot]
 
 def _positives(files: RunFiles) -> list[tuple[float, float]]:
     """Of the criterion's first assignment, whatever its name."""
-    keys = [key for row in metrics(files)[:1] for key in row if key.endswith("positives_per_object/all")]
+    rows = [row for row in metrics(files) if row["kind"] == "train"]
+    keys = [key for row in rows[:1] for key in row if key.endswith("positives_per_object/all")]
     return curve(files, keys[0], "train") if keys else []
 
 
@@ -222,10 +224,10 @@ def _statistics(summary: Summary) -> Table:
 
 
 def _statistics_plots(summary: Summary, dataset: str) -> list[Plot]:
-    where = f" on {dataset}" if len(summary.study.datasets) > 1 else ""
+    where = f", on {dataset}" if len(summary.study.datasets) > 1 else ""
     found = []
     for kind, names, what in (
-        ("size", list(SIZES), "side of a square of equal area, pixels"),
+        ("size", list(SIZES), "side of a square of equal area in pixels"),
         ("aspect", None, "longer side over shorter side"),
         ("class", None, "class"),
         ("level", None, "pyramid level, fine to coarse"),

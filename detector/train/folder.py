@@ -81,6 +81,13 @@ class RunFiles:
                 f"{self.folder}: holds no run (neither last.pt nor config.yaml); start one without --resume"
             )
 
+    def steps_of(self, kind: str) -> set[int]:
+        """Steps with a line of this kind (train, val or probe) in the metrics, none of which is cut short."""
+        if not self.metrics.exists():
+            return set()
+        rows = map(json.loads, self.metrics.read_text(encoding="utf-8").splitlines())
+        return {row["step"] for row in rows if row["kind"] == kind}
+
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines of steps after `step`, which will be done again, and a line that was cut short.
 

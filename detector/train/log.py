@@ -36,6 +36,7 @@ class Log:
             self._curves = SummaryWriter(str(files.curves), purge_step=start + 1)
         except OSError as error:
             raise UserError(f"{files.folder}: cannot write the run's folder ({error.strerror or error})") from None
+        self._noted = files.steps_of("probe")
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._since = time.perf_counter()
@@ -106,6 +107,11 @@ class Log:
         main = "  ".join(f"{name} {numbers[name]:.3f}" for name in ("AP", "AP50", "AP75"))
         place = f"step {step}/{self.horizon.total}  epoch {self.horizon.epoch(step):.2f}"
         self.say(f"{place}  val {main}" + ("  best so far" if best else ""))
+
+    def noted(self, step: int, numbers: Numbers) -> None:
+        """What the probe has seen after `step` steps; a step that was noted before a resume is not said twice."""
+        if numbers and step not in self._noted:
+            self._record(step, "probe", numbers)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """(H, W, 3) uint8 RGB, into TensorBoard."""

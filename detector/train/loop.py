@@ -133,7 +133,7 @@ def train(config: RunConfig, resume: Path | None = None, overwrite: bool = False
                     log.restart()
                 if probe is not None and (state.step % probe_every == 0 or state.step == horizon.total):
                     seed_step(config.seed, state.step, rank())  # what a rule draws for it is the same after a resume
-                    probe.note(state.module, files, state.step)
+                    log.noted(state.step, probe.note(state.module, files, state.step))
                 if settings.early_stopping is not None and settings.early_stopping.stops(past):
                     log.say(f"stopped early: no better AP in {settings.early_stopping.patience} evaluations")
                     complete = True

@@ -2,11 +2,15 @@
 
 folder/assignments/step-000123.npz    prior, object, weight, quality of each pair of positive weight, under the name
                                       of its assignment: `dense/prior`, ...
+
+What the notes come to is logged with them: `survey`'s numbers over all objects, positives by size, shape, class and
+level, and the share of pairs that changed since the note before.
 """
 
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +23,18 @@ from detector.data.coco import CocoData
 from detector.data.resize import Sizing
 from detector.errors import DataError
 from detector.evaluate.runner import inference
+from detector.evaluate.survey import survey
+from detector.evaluate.treatment import Treatment, flip_rate, read_note, treat, treat_proposals
 from detector.files import write_whole
-from detector.structures import Assignment, Batch
+from detector.models.stages import TwoStageOutputs
+from detector.structures import Assignment, Batch, Objects, Outputs
 from detector.train.folder import RunFiles
 from detector.train.length import Length
 from detector.train.step import TrainingModule
 
 
 class ProbeConfig(Node):
-    """Notes the assignments of the same images again and again."""
+    """Notes and logs the assignments of the same images again and again."""
 
     images: int = Field(8, ge=1, description="evenly spaced over the validation split")
     every: Length = Length(epochs=1)
@@ -40,22 +47,36 @@ class Probe:
         self.config, self.data, self.resize, self.pad_multiple = config, data, resize, pad_multiple
         self._batch: Batch | None = None
 
-    def note(self, module: TrainingModule, files: RunFiles, step: int) -> None:
-        """Writes a file for the state after `step` steps; neither the module nor random numbers are changed.
+    def note(self, module: TrainingModule, files: RunFiles, step: int) -> dict[str, float]:
+        """Writes a file for the state after `step` steps, and what is to be logged of it.
+
+        Neither the module nor random numbers are changed.
 
         Raises:
+            DataError: the note before is damaged.
             UserError: the file cannot be written.
         """
         batch = self._images()
         if batch is None:
-            return
+            return {}
         batch = batch.to(next(module.parameters()).device)
         with inference(module):
             outputs = module.model(batch.images, batch.objects)
             assignments = module.criterion(outputs, batch.objects).assignments
+        note = {k: v for name, a in assignments.items() for k, v in _arrays(name, a).items()}
+        earlier = sorted(path for path in files.assignments.glob("step-*.npz") if path < path_of(files, step))
+        before = read_note(earlier[-1]) if earlier else {}
+        numbers: dict[str, float] = {}
+        for name, assignment in assignments.items():
+            treated = _treatment(name, outputs, batch.objects, assignment)
+            own = _numbers(survey(treated, self.data.index.classes))
+            if f"{name}/prior" in before:
+                own["flip_rate"] = flip_rate(before, note, name)
+            numbers |= {f"{name}/{key}": value for key, value in own.items()}
         content = io.BytesIO()
-        np.savez_compressed(content, **{k: v for name, a in assignments.items() for k, v in _arrays(name, a).items()})
+        np.savez_compressed(content, **note)
         write_whole(path_of(files, step), content.getvalue())
+        return numbers
 
     def _images(self) -> Batch | None:
         """Read once; those that cannot be read are left out (the evaluation names them)."""
@@ -73,6 +94,29 @@ class Probe:
 
 def path_of(files: RunFiles, step: int) -> Path:
     return files.assignments / f"step-{step:06}.npz"
+
+
+def _treatment(name: str, outputs: Outputs | TwoStageOutputs, objects: Objects, assignment: Assignment) -> Treatment:
+    priors = outputs.priors_of(name)
+    if priors.per_image:
+        return treat_proposals(priors, objects, assignment)
+    # Of two stages only the first predicts at these priors.
+    dense = outputs.rpn if isinstance(outputs, TwoStageOutputs) else outputs
+    return treat(priors, objects, assignment, None if dense is None else dense.detached())
+
+
+def _numbers(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    """Keys as of the training batches' own statistics, `positives_per_object/all`, with more groups behind the slash.
+
+    Of a group only how many positives its objects have, so that curves stay few; unknown values are left out.
+    """
+    numbers = {f"{key}/all": value for key, value in found["all"].get("all", {}).items()}
+    for kind in ("size", "aspect", "class"):
+        for group, values in found[kind].items():
+            for key in ("positives_per_object", "without_positive"):
+                numbers[f"{key}/{kind}_{group}".replace(" ", "_")] = values[key]
+    numbers |= {f"share_of_positives/level_{i}": level["share_of_positives"] for i, level in found["level"].items()}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
 def _arrays(name: str, assignment: Assignment) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def test_rules_that_look_at_predictions_need_a_checkpoint(done: Place, tmp_path:
     ("arguments", "message"),
     [
         (("show", "1", "--rules", "atsss"), "assigner.type: unknown type 'atsss' (did you mean 'atss'?)"),
+        (("show", "1", "--rules", ","), "--rules ',': names no rule"),
         (("show", "nothing.png"), "nothing.png: is no image of"),
         (("show", "1", "--checkpoint", "none.pt"), "none.pt: no such checkpoint"),
         (("stats", "none"), "none: no such file"),

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from detector.evaluate.matches import Matches
+from detector.evaluate.treatment import Treatment
 from detector.lab.grid import cells
 from detector.lab.lock import locked
 from detector.lab.study import load_study
-from detector.lab.treatment import Treatment
 from tests.lab.conftest import Place
 
 Copy = Callable[[], Place]

@@ -36,6 +36,19 @@ def test_differences_with_and_without_an_interval() -> None:
     assert {"arm 0", "arm 1", "arm 2"} <= set(found)
 
 
+def test_what_cannot_be_seen_does_not_squeeze_the_intervals() -> None:
+    blind = judge([Estimate(0.02, 1e-4, 1e-6, 2, 50)] * 16)  # two seeds, 16 comparisons: little can be seen
+    assert blind[0].smallest > 4 * max(abs(blind[0].low), blind[0].high)
+    ticks = [float(t.replace("\u2212", "-")) for t in texts(plots.differences([("arm", blind[0])], "AP", "atss"))
+             if t.lstrip("\u2212").replace(".", "").isdigit()]  # fmt: skip
+    assert max(ticks) <= 210 * max(abs(blind[0].low), blind[0].high)
+
+
+def test_bars_start_at_zero() -> None:
+    svg = plots.bars({"large": {"atss": Spread(0.03, 0.06, 3)}}, ["atss"], "AP", 100)
+    assert not any(t.startswith("\u2212") for t in texts(svg))
+
+
 def test_a_heat_map_shades_column_by_column() -> None:
     found = texts(plots.heat({"a": {"x": Spread(0.1, 0, 1), "y": Spread(0.3, 0, 1)}, "b": {"x": Spread(0.5, 0, 1)},
                               "c": {}}, ["x", "y"]))  # fmt: skip

@@ -57,6 +57,26 @@ def test_a_profile_over_several_data_sets(copy: Callable[[], Place]) -> None:
         assert comparison["corrected_p"] == pytest.approx(min(1, 3 * comparison["p"]))
 
 
+def test_missing_weights_are_said_once(copy: Callable[[], Place]) -> None:
+    here = copy()
+    for path in here.out.rglob("last.pt"):
+        path.unlink()
+    assert here.compare("--report-only") == 0
+    page = (here.out / "report.html").read_text(encoding="utf-8")
+    assert page.count("last.pt is not here") == 1
+    assert "no pictures of assignments by one, two" in page
+    assert "no such checkpoint" not in page
+
+
+def test_tables_fit_a_desktop(done: Place, browser: Any) -> None:
+    shown(browser, done.out / "report.html", 1280)
+    cut = browser.execute_script(
+        "return [...document.querySelectorAll('.wide')].filter(w => w.querySelector('#verdicts, #scores, #statistics')"
+        " && w.scrollWidth > w.clientWidth).length"
+    )
+    assert cut == 0
+
+
 @pytest.mark.parametrize("width", [1200, 390])
 def test_in_a_browser(done: Place, browser: Any, width: int) -> None:
     shown(browser, done.out / "report.html", width)

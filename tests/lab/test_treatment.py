@@ -13,8 +13,9 @@ from detector.assign import Atss, Fcos, MaxIou
 from detector.assign.base import Assigner
 from detector.boxes import all_pairs_iou
 from detector.errors import DataError
-from detector.lab.survey import POSITIVES, SIZES, flips, groups, survey
-from detector.lab.treatment import Treatment, agreement, concatenate, flip_rate, treat
+from detector.evaluate.survey import POSITIVES, SIZES, groups, survey
+from detector.evaluate.treatment import Treatment, agreement, concatenate, flip_rate, treat
+from detector.lab.logged import flips
 from detector.structures import Assignment, Objects, Predictions
 from detector.train.folder import RunFiles
 from tests.assign.make import NINE_ANCHORS, batch, pyramid, random_boxes

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detector.config.run import RunConfig
 from detector.data.batch import collate
+from detector.errors import DataError
+from detector.lab.logged import flips, metrics
 from detector.structures import Assignment
 from detector.train.checkpoint import load_checkpoint
+from detector.train.folder import RunFiles
 from detector.train.loop import train
 from tests.train.compare import assert_same_training
 
@@ -47,6 +53,45 @@ def test_what_is_noted(config: Load, tmp_path: Path) -> None:
         assert set(note.files) == {f"dense/{key}" for key in ("prior", "object", "weight", "quality")}
         pairs = set(zip(note["dense/prior"].tolist(), note["dense/object"].tolist(), strict=True))
     assert pairs == set(zip(expected.prior[kept].tolist(), expected.object[kept].tolist(), strict=True))
+
+
+def test_what_is_logged(config: Load, tmp_path: Path) -> None:
+    """Lines and curves of their own: by size, shape, class and level, quality, and what changed since the last note."""
+    settings = config(EVERY_TWO, "assigner={type: simota}")
+    train(settings)
+    files = RunFiles(tmp_path / "run")
+    rows = [row for row in metrics(files) if row["kind"] == "probe"]
+    assert [row["step"] for row in rows] == [0, 4, 6]
+    assert "dense/flip_rate" not in rows[0]
+    assert [(row["step"], row["dense/flip_rate"]) for row in rows[1:]] == flips(files)
+    last = rows[-1]
+    with np.load(files.assignments / "step-000006.npz") as note:
+        pairs = len(note["dense/prior"])
+    assert last["dense/positives_per_object/all"] * last["dense/objects/all"] == pytest.approx(pairs)
+    for key in ("without_positive", "contested", "shared", "quality", "iou_of_positives", "predicted_iou",
+                "best_unassigned_iou", "entropy"):  # fmt: skip
+        assert math.isfinite(last[f"dense/{key}/all"])
+    for kind in ("size_", "aspect_", "class_"):
+        assert any(key.startswith(f"dense/positives_per_object/{kind}") for key in last)
+    assert sum(v for k, v in last.items() if k.startswith("dense/share_of_positives/level_")) == pytest.approx(1)
+    events = EventAccumulator(str(files.curves))
+    events.Reload()
+    assert {"probe/dense/flip_rate", "probe/dense/entropy/all"} <= set(events.Tags()["scalars"])
+
+
+def test_a_note_is_logged_once_over_a_resume(config: Load, tmp_path: Path) -> None:
+    train(config(EVERY_TWO))
+    files = RunFiles(tmp_path / "run")
+    train(config(EVERY_TWO, "train.length={steps: 9}"), resume=files.folder)  # step 6, the last, is looked at again
+    assert [row["step"] for row in metrics(files) if row["kind"] == "probe"] == [0, 4, 6, 8, 9]
+
+
+def test_a_damaged_note_is_named(config: Load, tmp_path: Path) -> None:
+    train(config(EVERY_TWO))
+    files = RunFiles(tmp_path / "run")
+    (files.assignments / "step-000006.npz").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"step-000006\.npz: .*delete it to go on"):
+        train(config(EVERY_TWO, "train.length={steps: 9}"), resume=files.folder)
 
 
 def test_an_image_that_cannot_be_read_is_left_out(config: Load, tmp_path: Path) -> None:

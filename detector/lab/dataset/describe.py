@@ -12,9 +12,9 @@ import numpy as np
 from scipy import sparse
 
 from detector.data.config import Resize
+from detector.evaluate.survey import ASPECTS, groups
 from detector.lab.dataset.overlap import Crowding, crowding
 from detector.lab.dataset.split import Split
-from detector.lab.survey import ASPECTS, groups
 
 # COCO's own bounds: areas in pixels of the original image (of the mask, where there is one).
 SMALL, LARGE = 32.0**2, 96.0**2

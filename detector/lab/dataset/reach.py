@@ -24,8 +24,8 @@ from detector.assign import (
     YoloRatio,
 )
 from detector.data.config import Resize
+from detector.evaluate.survey import SIZES, groups
 from detector.lab.dataset.split import Split
-from detector.lab.survey import SIZES, groups
 from detector.models.priors import AnyPriors, GridPriors
 from detector.structures import Objects, Priors
 

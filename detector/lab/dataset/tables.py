@@ -8,10 +8,10 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from detector.evaluate.survey import ASPECTS, SIZES
 from detector.lab.dataset.analysis import Analysis
 from detector.lab.dataset.describe import Facts, Numbers
 from detector.lab.dataset.overlap import THRESHOLDS
-from detector.lab.survey import ASPECTS, SIZES
 from detector.lab.tables import Table
 
 MOST_CLASSES = 30

@@ -173,6 +173,15 @@ def _pairs(assignment: Assignment) -> list[int]:
     return pairs
 
 
+def read_note(path: Path) -> dict[str, np.ndarray]:
+    """What the trainer's probe has noted.  Raises DataError where the file is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return {key: data[key] for key in data.files}
+    except Exception as error:  # whatever numpy and the zip reader raise on a damaged file
+        raise DataError(f"{path}: cannot read the noted assignment ({error}); delete it to go on without it") from None
+
+
 def flip_rate(before: dict[str, np.ndarray], after: dict[str, np.ndarray], name: str) -> float:
     """Share of pairs that one of two notes of the trainer's probe makes and the other does not."""
     sets = []

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from detector.errors import DataError
-from detector.lab.treatment import Treatment, flip_rate
-from detector.train.folder import RunFiles
+from detector.evaluate.treatment import Treatment
 
 # Upper bounds; sizes are sides of a square of equal area, in pixels of the network's input.
 SIZES = {"below 16": 16.0, "16 to 32": 32.0, "32 to 64": 64.0, "64 to 96": 96.0, "above 96": math.inf}
@@ -62,44 +58,3 @@ def _numbers(treated: Treatment, mine: np.ndarray) -> Group:
 def _mean(values: np.ndarray) -> float:
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else math.nan
-
-
-def flips(files: RunFiles) -> list[tuple[int, float]]:
-    """(step, share of pairs that changed since the note before), from what the run's probe has noted.
-
-    Raises:
-        DataError: a note is damaged.
-    """
-    found, before = [], None
-    for path in sorted(files.assignments.glob("step-*.npz")):
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                note: dict[str, np.ndarray] = {key: data[key] for key in data.files}
-        except Exception as error:  # whatever numpy and the zip reader raise on a damaged file
-            raise DataError(f"{path}: cannot read the noted assignment ({error})") from None
-        name = next(iter(note)).split("/")[0]
-        if before is not None and f"{name}/prior" in before:
-            found.append((int(path.stem.removeprefix("step-")), flip_rate(before, note, name)))
-        before = note
-    return found
-
-
-def curve(files: RunFiles, key: str, kind: str) -> list[tuple[float, float]]:
-    """(epoch, value) of every line of a run's metrics that has `key`; kind: train or val."""
-    rows: list[tuple[float, float]] = []
-    for row in metrics(files):
-        if row.get("kind") == kind and key in row:
-            rows.append((row["epoch"], row[key]))
-    return rows
-
-
-def metrics(files: RunFiles) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; one that was cut short is left out."""
-    rows = []
-    if files.metrics.is_file():
-        for line in files.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows

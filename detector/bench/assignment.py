@@ -109,17 +109,18 @@ NEGLIGIBLE = 1e-12  # weight of a pair
 
 METHOD = (
     "One call for a batch of one or {batch} images with so many objects in each, against the plain dense version in"
-    " `tests/reference/assign_dense.py`, which compares every prior with every object of an image, one image after the"
-    " other.  Peak memory is the most that tensors made by the call held at one time, its result included, from the"
-    " allocator's own record of allocations and releases.  `same`: both give every prior the same object or label,"
-    " checked in this run.  Where objects and priors multiply to more than {most:.0f} million the dense version is left"
-    " out (those of an image, with up to {few} objects in each; of the batch, with more).  Every rule is run on points"
-    " and on 9 anchors a cell at {height}x{width}, as far as its target needs; FCOS, ATSS and max-IoU on the"
-    " priors that they are used with, with any number of objects.  Rules that look at predictions get {classes} class"
-    " logits a prior and predicted boxes around it; the dense versions of SimOTA and dynamic soft label compare every class of every pair, as mmdetection does, and"
-    " are left out beyond {by_class:.0f} million of these an image; `same` includes soft class targets within 1e-5 for"
-    " them; PAA's fits each object with scikit-learn's mixture, as mmdetection does.  IQDet gets a mixture of two"
-    " Gaussians for each object and level.{missing}"
+    " `tests/reference/assign_dense.py`, which compares every prior with every object of an image, one image after"
+    " the other.  Peak memory is the most that tensors made by the call held at one time, its result included, from"
+    " the allocator's own record of allocations and releases.  `same`: both give every prior the same object or"
+    " label, checked in this run.  Where objects and priors multiply to more than {most:.0f} million the dense"
+    " version is left out (those of an image, with up to {few} objects in each; of the batch, with more).  Every rule"
+    " is run on points and on 9 anchors a cell at {height}x{width}, as far as its target needs; FCOS, ATSS and"
+    " max-IoU on the priors that they are used with, with any number of objects.  Rules that look at predictions get"
+    " {classes} class logits a prior and predicted boxes around it; the dense versions of SimOTA and dynamic soft"
+    " label compare every class of every pair, as mmdetection does, and are left out beyond {by_class:.0f} million of"
+    " these an image; `same` includes soft class targets within 1e-5 for them; PAA's fits each object with"
+    " scikit-learn's mixture, as mmdetection does.  IQDet gets a mixture of two Gaussians for each object and"
+    " level.{missing}"
 )
 
 Dense = Callable[..., Any]  # (rule, priors, objects) -> (B, R); with predictions: -> (B, R) and their class targets
@@ -194,7 +195,7 @@ class Case:
 
 
 def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Each rule on points and 9 anchors, and where it has priors of its own, on those; in a quick run on one of them."""
+    """Each rule on points and 9 anchors and on priors of its own, if it has such; in a quick run on one of these."""
     for rule in RULES:
         for label, kind in KINDS.items():
             if kind is (rule.home or POINTS) or (kind is not ONE and not quick):

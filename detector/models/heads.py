@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import torch
-from pydantic import Field
-from torch import nn
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from detector.coders import AnyCoder, Coder, Deltas
 from detector.config.node import Node
@@ -34,6 +35,18 @@ class HeadConfig(Node):
         description="strides from the prior's centre to each side of its box (before any refinement) before training;"
         " null: whatever the coder makes of 0",
     )
+
+    @model_validator(mode="after")
+    def _start_can_be_said(self) -> Self:
+        if self.start is not None:
+            prior, size, box = _first_boxes(self, self.start, 8)
+            said = self.coder.decode(prior, size, self.coder.encode(prior, size, box))
+            if not torch.allclose(said, box, rtol=0.05):
+                raise ValueError(
+                    f"start is {self.start:g} strides, but coder {self.coder.type!r} says {said[0, 2] / 8:.3g} for it;"
+                    " start nearer, or change the coder"
+                )
+        return self
 
     @property
     def output_coder(self) -> Coder:
@@ -70,11 +83,14 @@ def say(probability: float, predictor: nn.Module) -> None:
 @torch.no_grad()
 def start_at(distance: float, predictor: nn.Module, config: HeadConfig, stride: int) -> None:
     """Makes the boxes that `predictor` says start with their sides so many strides from the prior's centre."""
-    half = torch.tensor(config.priors.shapes(stride)) / 2  # (A, 2)
-    side = torch.full_like(half, distance * stride)
-    raw = config.coder.encode(
-        torch.cat([-half, half], 1), half.new_full((len(half),), stride), torch.cat([-side, side], 1)
-    )
+    prior, size, box = _first_boxes(config, distance, stride)
     last = [module for module in predictor.modules() if isinstance(module, nn.Conv2d)][-1]
     assert last.bias is not None
-    last.bias.copy_(raw.flatten())
+    last.bias.copy_(config.coder.encode(prior, size, box).flatten())
+
+
+def _first_boxes(config: HeadConfig, distance: float, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The priors of a cell about 0 (A, 4), their strides (A,), and the boxes that they shall start with (A, 4)."""
+    half = torch.tensor(config.priors.shapes(stride)) / 2  # (A, 2)
+    side = torch.full_like(half, distance * stride)
+    return torch.cat([-half, half], 1), half.new_full((len(half),), stride), torch.cat([-side, side], 1)

@@ -95,6 +95,12 @@ def test_boxes_start_where_they_should(kind, coder, priors) -> None:  # type: ig
     torch.testing.assert_close(outputs.boxes, expected, atol=0.05, rtol=1e-3)
 
 
+def test_a_start_that_the_coder_cannot_say_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"start is 30 strides, but coder 'bins' says 16 for it"):
+        DenseHeadConfig(coder=Bins(reg_max=16), priors=POINTS, start=30)
+    assert DenseHeadConfig(coder=Bins(reg_max=16), priors=POINTS, start=15.5).start == 15.5
+
+
 def test_weights_are_normal_with_the_published_deviation() -> None:
     head = _head(channels=64, norm="none")
     for conv in (head.class_tower[1].convs[0], head.box):

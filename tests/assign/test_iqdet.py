@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detector.assign import IqDet
+from detector.assign import IqDet, around
 from detector.assign.distribution import DRAW, Distribution, random_numbers
 from detector.seeding import STEP, integer
 from detector.structures import BACKGROUND, IGNORED, Objects, Predictions, Priors
@@ -228,7 +228,8 @@ def test_translation_by_a_stride(shapes: tuple[tuple[float, float], ...]) -> Non
         start += g.size
 
 
-def test_never_waits_and_shapes_are_known() -> None:
+def test_never_waits_and_shapes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(around, "may_ask", lambda device: False)  # as on a device that is not its own host
     priors = pyramid(SIZE, shapes=EXACT)
     for count in (3, 2000):
         objects = batch(random_boxes(count, SIZE, 0), [])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detector.assign import Atss, IqDet
+from detector.assign import Atss, IqDet, around
 from detector.assign.iqdet import Drawn, best_kinds, halves
 from detector.coders import Distances
 from detector.errors import ConfigError
@@ -274,7 +274,8 @@ def test_objects_of_no_area_are_padding() -> None:
     assert outputs.mixture.grad.isfinite().all()  # type: ignore[union-attr]
 
 
-def test_nothing_waits_for_the_device() -> None:
+def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(around, "may_ask", lambda device: False)  # as on a device that is not its own host
     objects = some_objects()
     outputs = with_mixture(some_outputs(), objects)
     criterion = build()

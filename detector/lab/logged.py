@@ -1,9 +1,6 @@
-"""What a run has logged: its metrics line by line, and how its probe's notes changed."""
+"""What a run has logged, as curves, and how its probe's notes changed."""
 
 from __future__ import annotations
-
-import json
-from typing import Any
 
 import numpy as np
 
@@ -31,19 +28,7 @@ def flips(files: RunFiles) -> list[tuple[int, float]]:
 def curve(files: RunFiles, key: str, kind: str) -> list[tuple[float, float]]:
     """(epoch, value) of every line of a run's metrics that has `key`; kind: train or val."""
     rows: list[tuple[float, float]] = []
-    for row in metrics(files):
+    for row in files.rows():
         if row.get("kind") == kind and key in row:
             rows.append((row["epoch"], row[key]))
-    return rows
-
-
-def metrics(files: RunFiles) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; one that was cut short is left out."""
-    rows = []
-    if files.metrics.is_file():
-        for line in files.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
     return rows

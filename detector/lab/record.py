@@ -20,7 +20,7 @@ from detector.evaluate.runner import inference, to_original
 from detector.evaluate.survey import survey
 from detector.evaluate.treatment import Treatment, concatenate, treat, treat_proposals
 from detector.evaluate.truth import Truth, lookup
-from detector.lab.logged import flips, metrics
+from detector.lab.logged import flips
 from detector.models.layers import autocast
 from detector.models.stages import TwoStageOutputs
 from detector.structures import Assignment, Outputs
@@ -128,7 +128,7 @@ def found_at(record_matches: Matches, truth: Truth, annotation: np.ndarray, thre
 
 def summary_of(record: Record, files: RunFiles, batch: int, classes: tuple[str, ...]) -> dict[str, Any]:
     """Plain numbers for `result.json`."""
-    rows = [row for row in metrics(files) if row["kind"] == "train"]
+    rows = [row for row in files.rows() if row["kind"] == "train"]
     rows = rows[1:] or rows  # the first lines include warming up
     speed = [row["images_per_second"] for row in rows]
     return {

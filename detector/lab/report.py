@@ -13,7 +13,7 @@ from jinja2 import Environment
 from detector.evaluate.survey import POSITIVES, SIZES
 from detector.lab import gallery, plots
 from detector.lab.grid import Cell
-from detector.lab.logged import curve, metrics
+from detector.lab.logged import curve
 from detector.lab.misses import QUALITIES, Seen
 from detector.lab.summary import Spread, Summary
 from detector.lab.tables import Table, scores_table, verdict_table
@@ -185,7 +185,7 @@ def _curves(summary: Summary, cells: Sequence[Cell], dataset: str) -> list[Plot]
 
 def _positives(files: RunFiles) -> list[tuple[float, float]]:
     """Of the criterion's first assignment, whatever its name."""
-    rows = [row for row in metrics(files) if row["kind"] == "train"]
+    rows = [row for row in files.rows() if row["kind"] == "train"]
     keys = [key for row in rows[:1] for key in row if key.endswith("positives_per_object/all")]
     return curve(files, keys[0], "train") if keys else []
 

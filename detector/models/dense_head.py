@@ -121,8 +121,7 @@ class DenseHead(GridHead):
         self.level_scale = nn.Parameter(torch.ones(len(strides))) if config.level_scale else None
         initialise(self)
         say(config.prior_probability, self.classes)
-        if config.start is not None:
-            start_at(config.start, self.box, config, self.strides[0])
+        start_at(self.box, config, self.strides[0])
 
     def forward(self, maps: Sequence[Tensor]) -> Outputs:
         classes, boxes, qualities = [], [], []

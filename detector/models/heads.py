@@ -81,9 +81,11 @@ def say(probability: float, predictor: nn.Module) -> None:
 
 
 @torch.no_grad()
-def start_at(distance: float, predictor: nn.Module, config: HeadConfig, stride: int) -> None:
-    """Makes the boxes that `predictor` says start with their sides so many strides from the prior's centre."""
-    prior, size, box = _first_boxes(config, distance, stride)
+def start_at(predictor: nn.Module, config: HeadConfig, stride: int) -> None:
+    """Makes the boxes that `predictor` says start as `config.start` asks, if it does."""
+    if config.start is None:
+        return
+    prior, size, box = _first_boxes(config, config.start, stride)
     last = [module for module in predictor.modules() if isinstance(module, nn.Conv2d)][-1]
     assert last.bias is not None
     last.bias.copy_(config.coder.encode(prior, size, box).flatten())

@@ -93,8 +93,7 @@ class RefinedHead(GridHead):
             probability = probability / place
             say(place, self.objectness)
         say(probability, self.classes)
-        if config.start is not None:
-            start_at(config.start, self.box, config, self.strides[0])
+        start_at(self.box, config, self.strides[0])
 
     def forward(self, maps: Sequence[Tensor]) -> Outputs:
         coder, priors = self.config.coder, self.priors(maps)

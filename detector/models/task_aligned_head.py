@@ -98,8 +98,7 @@ class TaskAlignedHead(GridHead):
         initialise(self)
         say(config.prior_probability, self.classes)
         say(config.prior_probability, self.alignment)
-        if config.start is not None:
-            start_at(config.start, self.box, config, self.strides[0])
+        start_at(self.box, config, self.strides[0])
 
     def forward(self, maps: Sequence[Tensor]) -> Outputs:
         priors = self.priors(maps)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from detector.errors import CheckpointError, UserError
 
@@ -81,12 +83,19 @@ class RunFiles:
                 f"{self.folder}: holds no run (neither last.pt nor config.yaml); start one without --resume"
             )
 
-    def steps_of(self, kind: str) -> set[int]:
-        """Steps with a line of this kind (train, val or probe) in the metrics, none of which is cut short."""
-        if not self.metrics.exists():
-            return set()
-        rows = map(json.loads, self.metrics.read_text(encoding="utf-8").splitlines())
-        return {row["step"] for row in rows if row["kind"] == kind}
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of the metrics; one that was cut short is left out."""
+        return [row for _, row in self._lines()]
+
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not self.metrics.is_file():
+            return
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            yield line, row
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines of steps after `step`, which will be done again, and a line that was cut short.
@@ -96,14 +105,7 @@ class RunFiles:
         """
         if not self.metrics.exists():
             return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] <= step:
-                kept.append(line + "\n")
+        kept = [line + "\n" for line, row in self._lines() if row["step"] <= step]
         try:
             _write(self.metrics, "".join(kept))
         except OSError as error:

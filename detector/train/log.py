@@ -36,7 +36,7 @@ class Log:
             self._curves = SummaryWriter(str(files.curves), purge_step=start + 1)
         except OSError as error:
             raise UserError(f"{files.folder}: cannot write the run's folder ({error.strerror or error})") from None
-        self._noted = files.steps_of("probe")
+        self._noted = {row["step"] for row in files.rows() if row["kind"] == "probe"}
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._since = time.perf_counter()

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from detector.config.run import RunConfig
 from detector.data.batch import collate
 from detector.errors import DataError
-from detector.lab.logged import flips, metrics
+from detector.lab.logged import flips
 from detector.structures import Assignment
 from detector.train.checkpoint import load_checkpoint
 from detector.train.folder import RunFiles
@@ -60,7 +60,7 @@ def test_what_is_logged(config: Load, tmp_path: Path) -> None:
     settings = config(EVERY_TWO, "assigner={type: simota}")
     train(settings)
     files = RunFiles(tmp_path / "run")
-    rows = [row for row in metrics(files) if row["kind"] == "probe"]
+    rows = [row for row in files.rows() if row["kind"] == "probe"]
     assert [row["step"] for row in rows] == [0, 4, 6]
     assert "dense/flip_rate" not in rows[0]
     assert [(row["step"], row["dense/flip_rate"]) for row in rows[1:]] == flips(files)
@@ -83,7 +83,7 @@ def test_a_note_is_logged_once_over_a_resume(config: Load, tmp_path: Path) -> No
     train(config(EVERY_TWO))
     files = RunFiles(tmp_path / "run")
     train(config(EVERY_TWO, "train.length={steps: 9}"), resume=files.folder)  # step 6, the last, is looked at again
-    assert [row["step"] for row in metrics(files) if row["kind"] == "probe"] == [0, 4, 6, 8, 9]
+    assert [row["step"] for row in files.rows() if row["kind"] == "probe"] == [0, 4, 6, 8, 9]
 
 
 def test_a_damaged_note_is_named(config: Load, tmp_path: Path) -> None:

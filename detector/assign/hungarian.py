@@ -89,7 +89,7 @@ class Hungarian(Assigner):
         """(n, R) float32, of one image."""
         row = torch.arange(len(objects), device=priors.boxes.device)[:, None]
         every = torch.arange(len(priors), device=priors.boxes.device)
-        return _Costs(self, priors, objects, predictions).of(row.expand(-1, len(every)), every.expand(len(row), -1))
+        return _Costs(self, priors, objects, predictions).of(row, every.expand(len(row), -1))
 
     def class_part(self, logits: Tensor) -> Tensor:
         """What a pair costs for the logit of its class: the higher, the less."""
@@ -145,32 +145,28 @@ class _Pairs(NamedTuple):
 
 
 class _Costs:
-    """Of objects with priors of their images."""
+    """Of objects with priors (image * R + prior) of their images; the objects may broadcast."""
 
     def __init__(self, rule: Hungarian, priors: Priors, objects: Objects, predictions: Predictions) -> None:
         self.rule, self.objects = rule, objects
         self.classes = predictions.class_logits.shape[2]
-        self.logits, boxes, scale = predictions.class_logits.reshape(-1), predictions.boxes, 1 / _sizes(priors, objects)
-        # x1 y1 x2 y2 in pixels and cx cy w h as shares of the image: of the priors (B * R,), of the objects (N,) each.
-        self.said = [x.flatten() for x in by_side(boxes) + by_side(to_cxcywh(boxes * scale[:, None]))]
-        own = to_cxcywh(objects.boxes * scale[objects.image])
-        self.own = [x.contiguous() for x in (*objects.boxes.unbind(1), *own.unbind(1))]
+        self.logits, self.scale = predictions.class_logits.reshape(-1), 1 / _sizes(priors, objects)
+        self.said = [x.flatten() for x in by_side(predictions.boxes)]  # x1 y1 x2 y2: (B * R,) each
+        # x1 y1 x2 y2, and what makes widths and heights shares of the image's: (N,) each.
+        scale = self.scale[objects.image, :2]
+        self.own = [x.contiguous() for x in (*objects.boxes.unbind(1), *scale.unbind(1))]
 
     def of(self, row: Tensor, prior: Tensor) -> Tensor:
-        """(...) objects and (...) image * R + prior -> (...)."""
         return self.geometry(row, prior).add_(self.of_class(row, prior))
 
     def of_class(self, row: Tensor, prior: Tensor) -> Tensor:
-        place = prior * self.classes + self.objects.labels[row]
+        place = (prior * self.classes).add_(entries(self.objects.labels, row))
         return self.rule.class_part(entries(self.logits, place))
 
     def geometry(self, row: Tensor, prior: Tensor) -> Tensor:
-        row, shape, prior = row.flatten(), row.shape, prior.flatten()
-        x1, y1, x2, y2, *place = (x.index_select(0, prior) for x in self.said)
-        left, top, right, bottom, *target = (x.index_select(0, row) for x in self.own)
-        apart = place[0].sub_(target[0]).abs_()
-        for one, other in zip(place[1:], target[1:], strict=True):
-            apart.add_(one.sub_(other).abs_())
+        x1, y1, x2, y2 = (entries(x, prior) for x in self.said)
+        left, top, right, bottom, across, down = (entries(x, row) for x in self.own)
+        apart = _apart(x1 - left, x2 - right).mul_(across).add_(_apart(y1 - top, y2 - bottom).mul_(down))
         shared = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
         shared.mul_(torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0))
         around = torch.maximum(x2, right).sub_(torch.minimum(x1, left)).clamp_(min=0)
@@ -179,7 +175,12 @@ class _Costs:
         union.add_(right.sub_(left).clamp_(min=0).mul_(bottom.sub_(top).clamp_(min=0))).sub_(shared)
         empty = (around - union).div_(around.clamp_(min=LEAST_AREA))
         giou = shared.div_(union.clamp_(min=LEAST_AREA)).sub_(empty)
-        return apart.mul_(self.rule.l1_cost).sub_(giou, alpha=self.rule.giou_cost).view(shape)
+        return apart.mul_(self.rule.l1_cost).sub_(giou, alpha=self.rule.giou_cost)
+
+
+def _apart(low: Tensor, high: Tensor) -> Tensor:
+    """How far two boxes' centres are apart and how much their sizes differ, of how far apart their two sides are."""
+    return (low + high).abs_().mul_(0.5).add_(high.sub_(low).abs_())
 
 
 class _Search:
@@ -191,9 +192,10 @@ class _Search:
         self.bounds = Bounds(self.tiles, predictions.boxes)
         x1, y1, x2, y2 = self.bounds.sides
         self.inner = x1.amax(1), y1.amax(1), x2.amin(1), y2.amin(1)  # (B, T) each
-        place = [self.tiles.rows(x.view(len(predictions.boxes), -1)) for x in costs.said[4:]]
-        self.least, self.most = [x.amin(1) for x in place], [x.amax(1) for x in place]  # 4 of (B, T)
-        self.by_class = torch.stack([self._by_class(logits) for logits in predictions.class_logits])
+        place = [self.tiles.rows(x) for x in by_side(to_cxcywh(predictions.boxes * costs.scale[:, None]))]
+        self.least, self.most = [x.amin(1) for x in place], [x.amax(1) for x in place]  # cx cy w h: (B, T) each
+        self.place = to_cxcywh(objects.boxes * costs.scale[objects.image])  # (N, 4), as shares of the image
+        self.by_class = torch.cat([self._by_class(logits) for logits in predictions.class_logits])  # (B * K, T)
 
     def _by_class(self, logits: Tensor) -> Tensor:
         """(R, K) -> (K, T): no prior of the tile costs less for its logit."""
@@ -211,11 +213,12 @@ class _Search:
             mine = rows[part]
             image, label = self.objects.image[mine], self.objects.labels[mine]
             geometry = self._geometry(mine)
-            bound = self.by_class[image, label].add_(geometry)  # (n, T)
+            bound = self.by_class.index_select(0, image * self.costs.classes + label).add_(geometry)  # (n, T)
             limit = torch.full_like(bound[:, 0], torch.inf)
             if few < self.count:
                 first = bound.topk(lead, 1, largest=False, sorted=False).indices
-                cost = self.costs.of(*self._pairs(mine[:, None], first)).where(self.tiles.real[first], torch.inf)
+                prior = self.tiles.priors_of(first, self._first(mine)[:, None])
+                cost = self.costs.of(mine[:, None, None], prior).where(entries(self.tiles.real, first), torch.inf)
                 known = cost.flatten(1).topk(min(few, lead * size), 1, largest=False).values
                 known = known.where(known.isfinite(), -torch.inf).amax(1)
                 limit = known.where(known.isfinite(), limit)
@@ -224,29 +227,28 @@ class _Search:
             place = (bound > limit[:, None]).logical_not_().view(-1).nonzero().squeeze(1)
             row = place.div(many, rounding_mode="floor")
             tile = place - row * many
-            object_, prior = self._pairs(mine[row], tile)
-            of_class = self.costs.of_class(object_, prior)
-            least = of_class + geometry.take(place)[:, None]
-            worth = (least > limit[row, None]).logical_not_() & self.tiles.real.index_select(0, tile)
+            object_ = mine.take(row)
+            prior = self.tiles.priors_of(tile, self._first(object_))
+            of_class = self.costs.of_class(object_[:, None], prior)
+            most = limit.take(row)[:, None]
+            worth = (of_class + geometry.take(place)[:, None] > most).logical_not_() & entries(self.tiles.real, tile)
             place = worth.view(-1).nonzero().squeeze(1)
-            row, prior = row.take(place.div(size, rounding_mode="floor")), prior.take(place)
-            object_ = mine[row]
+            pair, prior = place.div(size, rounding_mode="floor"), prior.take(place)
+            object_ = object_.take(pair)
             cost = self.costs.geometry(object_, prior).add_(of_class.take(place))
-            kept = cost <= limit[row]
-            pairs.append((object_[kept], prior[kept], cost[kept]))
+            kept = (cost <= limit.take(row.take(pair))).nonzero().squeeze(1)
+            pairs.append((object_.take(kept), prior.take(kept), cost.take(kept)))
         object_, prior, cost = (torch.cat(x) for x in zip(*pairs, strict=True))
         return object_, prior, cost, torch.cat(limits)
 
-    def _pairs(self, row: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
-        """(...) objects, which broadcast, and (...) tiles -> (..., M) objects and image * R + prior."""
-        prior = self.tiles.priors_of(tile, self.objects.image[row] * self.count)
-        return row[..., None].expand_as(prior), prior
+    def _first(self, rows: Tensor) -> Tensor:
+        """What the priors of the image of each of the objects `rows` are counted from."""
+        return self.objects.image.take(rows) * self.count
 
     def _geometry(self, rows: Tensor) -> Tensor:
         """(n, T): for its box no prior of the tile costs the objects `rows` less."""
         rule, image = self.rule, self.objects.image[rows]
         left, top, right, bottom = self.objects.boxes[rows, :, None].unbind(1)
-        own = [x[rows, None] for x in self.costs.own[4:]]
         around = torch.maximum(self.inner[2].index_select(0, image), right)
         around.sub_(torch.minimum(self.inner[0].index_select(0, image), left))
         down = torch.maximum(self.inner[3].index_select(0, image), bottom)
@@ -256,10 +258,10 @@ class _Search:
         giou = share.div_(around.add_(LEAST_AREA)).clamp_(max=1)
         giou.add_(self.bounds.iou(image, self.objects.boxes[rows])).sub_(1)
         bound = giou.mul_(-rule.giou_cost).sub_(SLACK * (rule.class_cost + rule.l1_cost + rule.giou_cost))
-        for least, most, center in zip(self.least, self.most, own, strict=True):
-            nearest = torch.maximum(least.index_select(0, image), center)
+        for least, most, own in zip(self.least, self.most, self.place[rows, :, None].unbind(1), strict=True):
+            nearest = torch.maximum(least.index_select(0, image), own)
             nearest = torch.minimum(nearest, most.index_select(0, image), out=nearest)
-            bound.add_(nearest.sub_(center).abs_(), alpha=rule.l1_cost * (1 - SLACK))
+            bound.add_(nearest.sub_(own).abs_(), alpha=rule.l1_cost * (1 - SLACK))
         return bound
 
 

@@ -17,6 +17,8 @@ from detector.cli.benchmark import main
 from detector.models.layers import Precision
 
 CPU = torch.device("cpu")
+# Processors without units for bf16 take a minute for what is a second in fp32.
+EACH_PRECISION = [pytest.param(p, marks=[pytest.mark.slow] if p == "bf16" else []) for p in PRECISIONS]
 
 
 def test_turns_begin_with_each_candidate_in_turn() -> None:
@@ -145,7 +147,7 @@ def test_so_many_candidates_pass_the_threshold(name: str) -> None:
     assert int((scores > inference.THRESHOLD).sum()) == pytest.approx(2 * inference.CANDIDATES, rel=0.05)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", EACH_PRECISION)
 def test_all_sides_of_a_train_step_run(precision: Precision) -> None:
     times = train_step.compare(methods("resnet18", 32)["FCOS"], CPU, side=64, turns=1, precision=precision)
     assert set(times.seconds) == {"ours", "bare", "peer"}
@@ -165,7 +167,7 @@ def test_every_rule_has_its_share() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", EACH_PRECISION)
 def test_all_sides_of_inference_run(precision: Precision) -> None:
     times, found = inference.compare(methods("resnet18", 32)["RetinaNet"], CPU, side=64, turns=1, precision=precision)
     assert set(times.seconds) == {"ours", "network", "peer"}

@@ -150,10 +150,11 @@ def test_score_voting_box_by_box() -> None:
         assert torch.equal(before.labels, after.labels)
         for box, label, found in zip(before.boxes, before.labels, after.boxes, strict=True):
             total, mean = 0.0, torch.zeros(4, dtype=torch.float64)
-            for other, score, of in zip(all_of_it.boxes, all_of_it.scores, all_of_it.labels, strict=True):
-                iou = float(box_iou(box[None], other[None]))
-                if of == label and iou > 0.01:
-                    vote = float(score) * math.exp(-((1 - iou) ** 2) / 0.025)
+            same = all_of_it.labels == label
+            others, scores = all_of_it.boxes[same], all_of_it.scores[same].tolist()
+            for other, score, iou in zip(others, scores, box_iou(box[None], others)[0].tolist(), strict=True):
+                if iou > 0.01:
+                    vote = score * math.exp(-((1 - iou) ** 2) / 0.025)
                     total, mean = total + vote, mean + vote * other.double()
             torch.testing.assert_close(found.double(), mean / total, rtol=1e-4, atol=1e-4)
             moved += float((found - box).abs().max())

@@ -111,10 +111,10 @@ def test_batch_equals_loop_over_images(rule: Assigner, priors: Priors) -> None:
         start += len(boxes)
 
 
-def test_thousands(rule: Assigner, priors: Priors) -> None:
-    found = rule(priors, batch(random_boxes(2000, SIZE, 0), random_boxes(10, SIZE, 1))).per_prior()
-    assert (found[1] >= 2000).sum() > 0
-    assert (found[0] < 2000).all()
+def test_a_thousand(rule: Assigner, priors: Priors) -> None:
+    found = rule(priors, batch(random_boxes(1000, SIZE, 0), random_boxes(10, SIZE, 1))).per_prior()
+    assert (found[1] >= 1000).sum() > 0
+    assert (found[0] < 1000).all()
 
 
 def test_only_crowds(rule: Assigner, priors: Priors) -> None:
@@ -337,7 +337,7 @@ def test_what_would_wait_is_refused(name: str) -> None:
     ASKS[name](torch.ones(3))  # and nothing is left behind
 
 
-@pytest.mark.parametrize("count", [3, 2000])
+@pytest.mark.parametrize("count", [3, 300])  # in one piece, in several
 def test_never_waits_for_the_device(rule: Told, priors: Priors, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if rule.synchronises:
         pytest.skip("solved on the host, and says so")

@@ -67,7 +67,9 @@ HEADS = {
 
 
 @pytest.mark.parametrize("points", ["between", "rounded"])
-@pytest.mark.parametrize("priors", HEADS)
+@pytest.mark.parametrize(
+    "priors", ["nine anchors", *(pytest.param(name, marks=pytest.mark.slow) for name in ("points", "one anchor"))]
+)
 def test_twenty_steps(priors: str, points: str, tmp_path: Path) -> None:
     coder = "{type: distances, activation: relu}" if priors == "points" else "{type: deltas}"
     run = load_config(

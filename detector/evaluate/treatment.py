@@ -77,7 +77,30 @@ def concatenate(parts: Sequence[Treatment]) -> Treatment:
 
 @torch.no_grad()
 def treat(priors: Priors, objects: Objects, assignment: Assignment, predictions: Predictions | None) -> Treatment:
-    """One batch.  All pairs of objects and priors are looked at, a chunk at a time."""
+    """One batch.  All pairs of objects and priors of an image are looked at, a chunk at a time.
+
+    Of priors that differ by image, as proposals do, what is predicted there is left out.
+    """
+    if not priors.per_image:
+        return _treat(priors, objects, assignment, predictions)
+    image = assignment.prior // assignment.num_priors
+    parts = []
+    for i in range(objects.batch_size):
+        mine = (image == i) & (assignment.weight > 0)
+        own = replace(
+            assignment,
+            prior=assignment.prior[mine] - i * assignment.num_priors,
+            object=assignment.object[mine] - int((objects.image < i).sum()),
+            quality=assignment.quality[mine],
+            weight=assignment.weight[mine],
+            ignored=assignment.ignored[i : i + 1],
+            background_weight=None,
+        )
+        parts.append(_treat(priors.select_image(i), objects.select_image(i), own, None))
+    return concatenate(parts)
+
+
+def _treat(priors: Priors, objects: Objects, assignment: Assignment, predictions: Predictions | None) -> Treatment:
     count, device = len(objects), priors.boxes.device
     kept = (assignment.weight > 0).nonzero().squeeze(1)
     prior, owner = assignment.prior[kept], assignment.object[kept]
@@ -113,26 +136,6 @@ def treat(priors: Priors, objects: Objects, assignment: Assignment, predictions:
         entropy=_array(torch.where(positives > 0, summed(-torch.xlogy(share, share)), torch.nan)),
         levels=_array(levels),
     )
-
-
-@torch.no_grad()
-def treat_proposals(priors: Priors, objects: Objects, assignment: Assignment) -> Treatment:
-    """One batch whose priors differ by image: image by image.  What is predicted there is left out."""
-    image = assignment.prior // assignment.num_priors
-    parts = []
-    for i in range(objects.batch_size):
-        mine = (image == i) & (assignment.weight > 0)
-        own = replace(
-            assignment,
-            prior=assignment.prior[mine] - i * assignment.num_priors,
-            object=assignment.object[mine] - int((objects.image < i).sum()),
-            quality=assignment.quality[mine],
-            weight=assignment.weight[mine],
-            ignored=assignment.ignored[i : i + 1],
-            background_weight=None,
-        )
-        parts.append(treat(priors.select_image(i), objects.select_image(i), own, None))
-    return concatenate(parts)
 
 
 def _all_pairs(priors: Priors, objects: Objects, prior: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from detector.evaluate.coco import CocoEvaluator, CocoResult
 from detector.evaluate.matches import Matches, match
 from detector.evaluate.runner import inference, to_original
 from detector.evaluate.survey import survey
-from detector.evaluate.treatment import Treatment, concatenate, treat, treat_proposals
+from detector.evaluate.treatment import Treatment, concatenate, treat
 from detector.evaluate.truth import Truth, lookup
 from detector.lab.logged import flips
 from detector.models.layers import autocast
@@ -80,11 +80,8 @@ def observe(config: RunConfig, checkpoint: Path, split: SplitName) -> Record:
             assignments = module.criterion(outputs, batch.objects).assignments
             dense = dense_part(outputs)
             found_by = assignment_of(dense, assignments)
-            treated.append(
-                treat_proposals(dense.priors, batch.objects, found_by)
-                if dense.priors.per_image
-                else treat(dense.priors, batch.objects, found_by, dense.detached())
-            )
+            predicted = None if dense.priors.per_image else dense.detached()
+            treated.append(treat(dense.priors, batch.objects, found_by, predicted))
     treatment = concatenate(treated)
     return Record(
         result=evaluator.result(),

@@ -24,10 +24,10 @@ from detector.data.resize import Sizing
 from detector.errors import DataError
 from detector.evaluate.runner import inference
 from detector.evaluate.survey import survey
-from detector.evaluate.treatment import Treatment, flip_rate, read_note, treat, treat_proposals
+from detector.evaluate.treatment import flip_rate, read_note, treat
 from detector.files import write_whole
 from detector.models.stages import TwoStageOutputs
-from detector.structures import Assignment, Batch, Objects, Outputs
+from detector.structures import Assignment, Batch
 from detector.train.folder import RunFiles
 from detector.train.length import Length
 from detector.train.step import TrainingModule
@@ -66,9 +66,12 @@ class Probe:
         note = {k: v for name, a in assignments.items() for k, v in _arrays(name, a).items()}
         earlier = sorted(path for path in files.assignments.glob("step-*.npz") if path < path_of(files, step))
         before = read_note(earlier[-1]) if earlier else {}
+        # Of two stages only the first predicts at the priors of its assignment.
+        dense = outputs.rpn if isinstance(outputs, TwoStageOutputs) else outputs
+        predicted = None if dense is None else dense.detached()
         numbers: dict[str, float] = {}
         for name, assignment in assignments.items():
-            treated = _treatment(name, outputs, batch.objects, assignment)
+            treated = treat(outputs.priors_of(name), batch.objects, assignment, predicted)
             own = _numbers(survey(treated, self.data.index.classes))
             if f"{name}/prior" in before:
                 own["flip_rate"] = flip_rate(before, note, name)
@@ -94,15 +97,6 @@ class Probe:
 
 def path_of(files: RunFiles, step: int) -> Path:
     return files.assignments / f"step-{step:06}.npz"
-
-
-def _treatment(name: str, outputs: Outputs | TwoStageOutputs, objects: Objects, assignment: Assignment) -> Treatment:
-    priors = outputs.priors_of(name)
-    if priors.per_image:
-        return treat_proposals(priors, objects, assignment)
-    # Of two stages only the first predicts at these priors.
-    dense = outputs.rpn if isinstance(outputs, TwoStageOutputs) else outputs
-    return treat(priors, objects, assignment, None if dense is None else dense.detached())
 
 
 def _numbers(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:

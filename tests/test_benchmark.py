@@ -12,13 +12,11 @@ import torch
 from detector.bench import assignment, inference, loading, scoring, step_share, train_step, two_stage
 from detector.bench.document import update
 from detector.bench.measure import Table, Target, Times, peak_bytes, take_turns
-from detector.bench.networks import NUM_CLASSES, PRECISIONS, methods, random_images, random_objects
+from detector.bench.networks import NUM_CLASSES, methods, precisions, random_images, random_objects
 from detector.cli.benchmark import main
 from detector.models.layers import Precision
 
 CPU = torch.device("cpu")
-# Processors without units for bf16 take a minute for what is a second in fp32.
-EACH_PRECISION = [pytest.param(p, marks=[pytest.mark.slow] if p == "bf16" else []) for p in PRECISIONS]
 
 
 def test_turns_begin_with_each_candidate_in_turn() -> None:
@@ -147,7 +145,7 @@ def test_so_many_candidates_pass_the_threshold(name: str) -> None:
     assert int((scores > inference.THRESHOLD).sum()) == pytest.approx(2 * inference.CANDIDATES, rel=0.05)
 
 
-@pytest.mark.parametrize("precision", EACH_PRECISION)
+@pytest.mark.parametrize("precision", precisions(CPU))
 def test_all_sides_of_a_train_step_run(precision: Precision) -> None:
     times = train_step.compare(methods("resnet18", 32)["FCOS"], CPU, side=64, turns=1, precision=precision)
     assert set(times.seconds) == {"ours", "bare", "peer"}
@@ -163,11 +161,12 @@ def test_every_rule_has_its_share() -> None:
     assert {"fcos", "hungarian", "dw"} < set(names)
     times = step_share.compare(methods("resnet18", 32)["FCOS"].model, CPU, side=64, turns=1)
     assert set(times.seconds) == {
-        *(f"network {p}" for p in PRECISIONS), *(f"{part} {name}" for part in ("rule", "criterion") for name in names)
-    }  # fmt: skip
+        *(f"network {p}" for p in precisions(CPU)),
+        *(f"{part} {name}" for part in ("rule", "criterion") for name in names),
+    }
 
 
-@pytest.mark.parametrize("precision", EACH_PRECISION)
+@pytest.mark.parametrize("precision", precisions(CPU))
 def test_all_sides_of_inference_run(precision: Precision) -> None:
     times, found = inference.compare(methods("resnet18", 32)["RetinaNet"], CPU, side=64, turns=1, precision=precision)
     assert set(times.seconds) == {"ours", "network", "peer"}

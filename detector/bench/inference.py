@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.bench.measure import Table, Target, Times, seconds_text, take_turns
-from detector.bench.networks import NUM_CLASSES, PRECISIONS, Method, build_peer, methods, random_images
+from detector.bench.networks import NUM_CLASSES, Method, build_peer, methods, precisions, random_images
 from detector.decode import decode
 from detector.models.dense import DenseDetector
 from detector.models.fold import fold_batch_norm
@@ -35,7 +35,7 @@ METHOD = (
 def run(device: torch.device, quick: bool) -> Table:
     side, turns = (128, 2) if quick else (SIDE, 9)
     rows, targets, numbers = [], [], {}
-    for (title, method), precision in product(methods().items(), PRECISIONS):
+    for (title, method), precision in product(methods().items(), precisions(device)):
         name = f"{title}, {precision}"
         times, found = compare(method, device, side, turns, precision)
         peer = times.ratio("ours", "peer")

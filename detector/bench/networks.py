@@ -29,7 +29,15 @@ from detector.seeding import SYNTHETIC, generator
 from detector.structures import Objects
 
 NUM_CLASSES = 80
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+# Processors that have no instruction for bf16, so that it takes them many times as long as fp32.
+WITHOUT_BF16 = ("NO AVX", "DEFAULT", "AVX2")
+
+
+def precisions(device: torch.device) -> tuple[Precision, ...]:
+    """Those that somebody would train or look for objects in on this device."""
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in WITHOUT_BF16:
+        return ("fp32",)
+    return ("fp32", "bf16")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from detector.assign import Assigner, Constant
 from detector.bench.assignment import random_predictions
 from detector.bench.measure import Call, Table, Target, Times, clock_note, clock_of, seconds_text, take_turns
-from detector.bench.networks import NUM_CLASSES, PRECISIONS, methods, random_images, random_objects
+from detector.bench.networks import NUM_CLASSES, methods, precisions, random_images, random_objects
 from detector.losses.dense import DenseCriterionConfig
 from detector.losses.quality import QualityBce
 from detector.losses.regression import Giou
@@ -46,26 +46,26 @@ def rules() -> dict[str, Assigner]:
 
 
 def run(device: torch.device, quick: bool) -> Table:
-    side, turns = (128, 1) if quick else (SIDE, 5)
+    (side, turns), each = (128, 1) if quick else (SIDE, 5), precisions(device)
     times = compare(methods()["FCOS"].model, device, side, turns)
     rows, numbers = [], {}
     for name in rules():
         found = shares(times, name)
         cells = [name, str(OBJECTS), seconds_text(times.median(f"rule {name}"))]
-        for precision in PRECISIONS:
+        for precision in each:
             step = times.median(f"network {precision}") + times.median(f"criterion {name}")
             cells += [seconds_text(step), f"{found[precision]:.2%}"]
         rows.append(tuple(cells))
         numbers[name] = found
     targets = []
-    for precision in PRECISIONS:
+    for precision in each:
         name = max(numbers, key=lambda rule: numbers[rule][precision])
         what = f"largest share of a step, {precision} ({name})"
         targets.append(Target(what, numbers[name][precision] * 100, MOST_SHARE * 100, True, " %"))
     return Table(
         title="Share of a train step that a rule takes",
         method=METHOD.format(batch=BATCH, side=side, objects=OBJECTS, turns=turns) + clock_note(device),
-        columns=("rule", "objects in each", "rule", *(c for p in PRECISIONS for c in (f"step, {p}", "share"))),
+        columns=("rule", "objects in each", "rule", *(c for p in each for c in (f"step, {p}", "share"))),
         rows=rows,
         targets=targets,
         numbers={"shares": numbers, "seconds": times.seconds},
@@ -75,7 +75,7 @@ def run(device: torch.device, quick: bool) -> Table:
 def shares(times: Times, name: str) -> dict[str, float]:
     """By precision: the rule's time over that of a step with it, median over the turns."""
     found: dict[str, float] = {}
-    for precision in PRECISIONS:
+    for precision in (key.split()[1] for key in times.seconds if key.startswith("network ")):
         parts = (times.seconds[key] for key in (f"network {precision}", f"criterion {name}"))
         steps = [network + criterion for network, criterion in zip(*parts, strict=True)]
         both = Times({"rule": times.seconds[f"rule {name}"], "step": steps})
@@ -98,7 +98,7 @@ def compare(model: DenseConfig, device: torch.device, side: int, turns: int) -> 
 
     with torch.no_grad():
         outputs = as_if_learnt(network(images))
-    calls: dict[str, Call] = {f"network {p}": lambda p=p: pass_through(p) for p in PRECISIONS}  # type: ignore[misc]
+    calls: dict[str, Call] = {f"network {p}": lambda p=p: pass_through(p) for p in precisions(device)}  # type: ignore[misc]
     for name, rule in rules().items():
         calls |= calls_of(name, rule, outputs, objects)
     return take_turns(calls, device, turns=turns, clock=clock_of(device))

@@ -10,10 +10,10 @@ from torch import Tensor
 from detector.bench.measure import Table, Target, Times, seconds_text, take_turns
 from detector.bench.networks import (
     NUM_CLASSES,
-    PRECISIONS,
     Method,
     build_peer,
     methods,
+    precisions,
     random_images,
     random_objects,
 )
@@ -25,20 +25,20 @@ MOST_OVERHEAD, MOST_OF_PEER = 0.08, 0.85
 
 METHOD = (
     "ResNet-50, FPN and full-size head (80 classes, 256 channels, 4 convolutions), all layers trained with batch norm;"
-    " batch of {batch}, {side}x{side}, {objects} objects an image; the forward pass of all three in float32, or under"
-    " autocast to bfloat16.  Ours: uint8 images to losses to gradients.  Bare: forward and backward of the same"
-    " backbone, neck and head from normalised images, in the same memory order, with the gradient of the sum of all"
-    " outputs as loss.  torchvision: its detector as it is built by default, from float images (their conversion is not"
-    " counted), with the same layers and norms; its FCOS stands beside our ATSS, whose network is the same.  The"
-    " optimiser's step is left out everywhere.  In turns, {turns} of them after one of warm-up; ratios are medians over"
-    " the turns, in brackets their quartiles."
+    " batch of {batch}, {side}x{side}, {objects} objects an image; the forward pass of all three in float32 and, where"
+    " the device has instructions for it, under autocast to bfloat16.  Ours: uint8 images to losses to gradients."
+    "  Bare: forward and backward of the same backbone, neck and head from normalised images, in the same memory order,"
+    " with the gradient of the sum of all outputs as loss.  torchvision: its detector as it is built by default, from"
+    " float images (their conversion is not counted), with the same layers and norms; its FCOS stands beside our ATSS,"
+    " whose network is the same.  The optimiser's step is left out everywhere.  In turns, {turns} of them after one of"
+    " warm-up; ratios are medians over the turns, in brackets their quartiles."
 )
 
 
 def run(device: torch.device, quick: bool) -> Table:
     side, turns = (128, 2) if quick else (SIDE, 5)
     rows, targets, numbers = [], [], {}
-    for (title, method), precision in product(methods().items(), PRECISIONS):
+    for (title, method), precision in product(methods().items(), precisions(device)):
         name = f"{title}, {precision}"
         times = compare(method, device, side, turns, precision)
         bare, peer = times.ratio("ours", "bare"), times.ratio("ours", "peer")

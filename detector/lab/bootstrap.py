@@ -104,13 +104,15 @@ def _category(
             sums += right[:, -1] / total[:, 0]
             continue
         seen = so_far[:, places]
-        if ignored.any():
-            seen = seen - (each * ignored).cumsum(1)[:, places]
+        gone = np.flatnonzero(ignored)
+        if len(gone):
+            before = np.concatenate([np.zeros((len(each), 1)), each[:, gone].cumsum(1)], axis=1)
+            seen -= before[:, np.searchsorted(gone, places)]
         # Precision only rises at a hit, so the envelope's corners are all there.
         reached = right / total
         precision = right / (seen - right + right + np.spacing(1))
         envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        for row in range(len(weights)):
-            index = np.searchsorted(reached[row], RECALLS, side="left")
-            sums[row] += envelope[row, index[index < len(places)]].sum() / len(RECALLS)
+        # Each of the recalls is read off at the hit that reaches it: how many at each.
+        read = np.diff(np.searchsorted(RECALLS, reached, side="right"), axis=1, prepend=0)
+        sums += (envelope * read).sum(1) / len(RECALLS)
     return sums / len(thresholds)
